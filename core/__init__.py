@@ -1,0 +1,1 @@
+"""Optimizers for sharded models: every step is the unsharded step."""

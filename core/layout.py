@@ -1,0 +1,318 @@
+"""Where a logical tensor lives, and what a rule may ask about the whole of it. Pure data: nothing here communicates."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .process_groups_config import Axis, Domain
+from .ranges import Ranges, chunk, merge, overlap, total
+
+Op = Literal["sum", "max"]
+Mode = Literal["blockwise", "duplicated", "distributed", "owner"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one dim is cut over a mesh axis.
+
+    Attributes:
+        axis: The mesh axis.
+        held: For each index on the axis, the whole-tensor indices it holds, in the order in which it holds them.
+    """
+
+    axis: Axis
+    held: tuple[Ranges, ...]
+
+    @classmethod
+    def even(cls, axis: Axis, size: int, *, stride: int = 1) -> "Split":
+        """``size`` indices in contiguous chunks, once per block of ``stride`` blocks (see :func:`ranges.chunk`)."""
+        return cls(axis, tuple(chunk(size, axis.size, i, stride=stride) for i in range(axis.size)))
+
+    def within(self, part: Ranges) -> "Split":
+        """The same cut of the indices in ``part`` alone, counted within ``part``."""
+        return replace(
+            self, held=tuple(merge((o.right, o.right + o.length) for o in overlap(h, part)) for h in self.held)
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A logical tensor of ``shape``, some of whose dims are split over mesh axes.
+
+    Dims are counted from the end (-1, -2, …), so a stack ``(B, m, n)`` of tensors laid out as ``(m, n)`` goes through
+    every method unchanged. With no splits every request is answered by plain torch: one process is no special case.
+
+    Attributes:
+        shape: Sizes of the whole tensor.
+        splits: Per dim, how it is cut; None where every rank has all of it.
+        copies: Mesh axes whose ranks hold the same shard.
+        parts: Row indices (dim -2) of each matrix in a fused weight; empty when the tensor is one matrix.
+        domain: The ranks that hold a shard or a copy; needed for requests that move shards.
+    """
+
+    shape: tuple[int, ...]
+    splits: tuple[Split | None, ...]
+    copies: tuple[Axis, ...] = ()
+    parts: tuple[Ranges, ...] = ()
+    domain: Domain | None = None
+
+    @classmethod
+    def whole(cls, shape: Sequence[int], *, parts: tuple[Ranges, ...] = ()) -> "Layout":
+        """A tensor that this rank holds entirely."""
+        return cls(tuple(shape), (None,) * len(shape), parts=parts)
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the whole tensor."""
+        return len(self.shape)
+
+    @cached_property
+    def local_shape(self) -> tuple[int, ...]:
+        """Sizes of this rank's shard."""
+        return tuple(
+            size if split is None else total(split.held[split.axis.index])
+            for size, split in zip(self.shape, self.splits, strict=True)
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """True when this rank's shard is the whole tensor."""
+        return all(split is None for split in self.splits)
+
+    @property
+    def long_dim(self) -> int:
+        """The dim that a Gram matrix of the short side contracts; of a square matrix, the one that is split."""
+        rows, cols = self.shape[-2:]
+        return -2 if rows > cols or (rows == cols and self.splits[-2] is not None and self.splits[-1] is None) else -1
+
+    @property
+    def splits_long_dim_only(self) -> bool:
+        """True when the short dim is whole on this rank."""
+        return self.splits[-3 - self.long_dim] is None
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The mesh axes that split the tensor."""
+        return tuple(split.axis for split in self.splits if split is not None)
+
+    @property
+    def block(self) -> "Layout":
+        """This rank's shard taken for a whole tensor."""
+        return Layout.whole(self.local_shape, parts=tuple(rows for rows in self._local_rows if rows))
+
+    def describe(self) -> str:
+        """``whole``, or like ``dim -2 / tp 2`` for each dim that is split."""
+        cuts = [f"dim {d} / {s.axis.name} {s.axis.size}" for d, s in zip(self._dims(()), self.splits, strict=True) if s]
+        return ", ".join(cuts) or "whole"
+
+    # Requests. Reduced dims are kept with size 1; no dims means all.
+
+    def sum(self, x: Tensor, *dims: int) -> "Reduce":
+        """Sum of ``x`` over ``dims`` of the whole tensor."""
+        return Reduce(x.sum(self._dims(dims), keepdim=True), "sum", self._groups(dims))
+
+    def amax(self, x: Tensor, *dims: int) -> "Reduce":
+        """Largest entry of ``x`` over ``dims`` of the whole tensor."""
+        return Reduce(x.amax(self._dims(dims), keepdim=True), "max", self._groups(dims))
+
+    def mean(self, x: Tensor, *dims: int) -> "Reduce":
+        """Mean of ``x`` over ``dims`` of the whole tensor."""
+        count = prod(self.shape[d] for d in self._dims(dims))
+        return replace(self.sum(x, *dims), finish=lambda s: s / count)
+
+    def norm(self, x: Tensor, *dims: int) -> "Reduce":
+        """Euclidean norm of ``x`` over ``dims`` of the whole tensor."""
+        return replace(self.sum(x.square(), *dims), finish=torch.sqrt)
+
+    def rms(self, x: Tensor, *dims: int) -> "Reduce":
+        """Root mean square of ``x`` over ``dims`` of the whole tensor."""
+        return replace(self.mean(x.square(), *dims), finish=lambda s: (s / self._count(dims)).sqrt())
+
+    def gram(self, x: Tensor, contract: int) -> "Reduce":
+        """``X X^T`` for ``contract`` -1, ``X^T X`` for -2, whole on every rank; the other dim must not be split."""
+        assert self.splits[-3 - contract] is None
+        a = x @ x.mT if contract == -1 else x.mT @ x
+        return Reduce(a, "sum", self._groups((contract,)))
+
+    # Parts of a fused weight, each a matrix of its own.
+
+    def split_parts(self, x: Tensor) -> list[tuple[Tensor, "Layout"]]:
+        """This rank's shard of each part, (B, rows, n), with the part's own layout. No copy when there is one part."""
+        if not self.parts:
+            return [(x, self)]
+        out = []
+        for part, rows in zip(self.parts, self._local_rows, strict=True):
+            pieces = [x[..., lo:hi, :] for lo, hi in rows]
+            piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2) if pieces else x[..., :0, :]
+            rows_split = self.splits[-2] and self.splits[-2].within(part)
+            layout = replace(self, shape=(total(part), self.shape[-1]), splits=(rows_split, self.splits[-1]), parts=())
+            out.append((piece, layout))
+        return out
+
+    def join_parts(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Inverse of :meth:`split_parts`."""
+        if not self.parts:
+            return pieces[0]
+        x = pieces[0].new_empty(*pieces[0].shape[:-2], *self.local_shape)
+        for piece, rows in zip(pieces, self._local_rows, strict=True):
+            at = 0
+            for lo, hi in rows:
+                x[..., lo:hi, :] = piece[..., at : at + hi - lo, :]
+                at += hi - lo
+        return x
+
+    def per_part(self, factor: Callable[[int, int], float], like: Tensor) -> Tensor | float:
+        """``factor(rows, cols)`` of the whole matrix, or of each part: then (local rows, 1) in the dtype of ``like``."""
+        if not self.parts:
+            return factor(self.shape[-2], self.shape[-1])
+        column = like.new_empty(self.local_shape[-2], 1)
+        for part, rows in zip(self.parts, self._local_rows, strict=True):
+            for lo, hi in rows:
+                column[lo:hi] = factor(total(part), self.shape[-1])
+        return column
+
+    # Placements for requests that move shards between ranks.
+
+    @cached_property
+    def placement(self) -> "Placement":
+        """Who holds what in :attr:`domain`. A copy reads from the shards that share its position on the copy axes."""
+        assert self.domain is not None
+        split_axes = {axis.name for axis in self.axes}
+        positions = [dict(zip(self.domain.axes, coord, strict=True)) for coord in self.domain.coords]
+        boxes = tuple(
+            tuple(
+                ((0, size),) if split is None else split.held[position.get(split.axis.name, 0)]
+                for size, split in zip(self.shape, self.splits, strict=True)
+            )
+            for position in positions
+        )
+        replica = [tuple(i for name, i in position.items() if name not in split_axes) for position in positions]
+        sources = tuple(tuple(s for s, other in enumerate(replica) if other == mine) for mine in replica)
+        # A dim that is not split leaves ranks of one replica with equal boxes: the first of them serves.
+        sources = tuple(
+            tuple(s for k, s in enumerate(ss) if boxes[s] not in [boxes[q] for q in ss[:k]]) for ss in sources
+        )
+        return Placement(self.domain, boxes, sources)
+
+    @cached_property
+    def owners(self) -> "tuple[Placement, ...]":
+        """For each rank of the domain, the placement that has the whole tensor there and nothing elsewhere."""
+        assert self.domain is not None
+        size = self.domain.size
+        box = tuple(((0, n),) for n in self.shape)
+        return tuple(
+            Placement(self.domain, tuple(box if r == owner else None for r in range(size)), ((owner,),) * size)
+            for owner in range(size)
+        )
+
+    @cached_property
+    def everywhere(self) -> "Placement":
+        """The placement that has the whole tensor on every rank."""
+        assert self.domain is not None
+        box = tuple(((0, n),) for n in self.shape)
+        size = self.domain.size
+        return Placement(self.domain, (box,) * size, tuple((r,) for r in range(size)))
+
+    @cached_property
+    def recut(self) -> "Layout":
+        """The same matrix with its longer dim cut over the whole domain and the shorter one whole."""
+        assert self.domain is not None
+        long = -1 if self.shape[-1] >= self.shape[-2] else -2
+        size = self.domain.size
+        axis = Axis("+".join(self.domain.axes), tuple(range(size)), self.domain.index, self.domain.group)
+        split = Split.even(axis, self.shape[long])
+        domain = replace(self.domain, axes=(axis.name,), coords=tuple((r,) for r in range(size)))
+        return Layout(self.shape, (None, split) if long == -1 else (split, None), domain=domain)
+
+    @cached_property
+    def _local_rows(self) -> tuple[Ranges, ...]:
+        held = self._held(-2)
+        return tuple(merge((o.left, o.left + o.length) for o in overlap(held, part)) for part in self.parts)
+
+    def _held(self, dim: int) -> Ranges:
+        if self.ndim < -dim:
+            return ((0, 1),)
+        split = self.splits[dim]
+        return ((0, self.shape[dim]),) if split is None else split.held[split.axis.index]
+
+    def _count(self, dims: tuple[int, ...]) -> int:
+        return prod(self.shape[d] for d in self._dims(dims))
+
+    def _dims(self, dims: tuple[int, ...]) -> tuple[int, ...]:
+        return dims or tuple(range(-self.ndim, 0))
+
+    def _groups(self, dims: tuple[int, ...]) -> tuple[ProcessGroup, ...]:
+        splits = (self.splits[d] for d in self._dims(dims))
+        return tuple(s.axis.group for s in splits if s is not None and s.axis.group is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Which part of a whole tensor each rank of a domain holds.
+
+    Attributes:
+        domain: The ranks.
+        boxes: Per rank, the indices it holds of each dim; None for nothing.
+        sources: Per rank that wants some of the tensor, the ranks that together hold one copy of it.
+    """
+
+    domain: Domain
+    boxes: tuple[tuple[Ranges, ...] | None, ...]
+    sources: tuple[tuple[int, ...], ...]
+
+    @property
+    def local_shape(self) -> tuple[int, ...] | None:
+        """Sizes of what this rank holds, or None."""
+        box = self.boxes[self.domain.index]
+        return None if box is None else tuple(total(ranges) for ranges in box)
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Ask for ``finish`` of the reduction of ``x`` over ``groups``. The engine may overwrite ``x``."""
+
+    x: Tensor
+    op: Op
+    groups: tuple[ProcessGroup, ...]
+    finish: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """Ask for a stack of tensors in another placement; the answer is (B, *local shape), or None where it holds nothing.
+
+    Attributes:
+        x: (B, *local shape) of the source placement; None where that holds nothing.
+        batch: B.
+        src: Where the tensors are.
+        dst: Where they shall be.
+        dtype: Their dtype.
+        device: Their device.
+    """
+
+    x: Tensor | None
+    batch: int
+    src: Placement
+    dst: Placement
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Ask which rank of ``domain`` shall work on each of ``count`` matrices that cost ``cost`` each."""
+
+    domain: Domain
+    count: int
+    cost: float
+
+
+Request = Reduce | Move | Deal
+Rule = Generator[Any, Any, Any]
+"""Yields requests or other rules, or tuples or lists of them; is sent their answers in the same form; returns a result."""

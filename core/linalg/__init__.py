@@ -1,0 +1,1 @@
+"""Matrix functions that work on shards through their layout."""

@@ -1,0 +1,1 @@
+"""Optimizers, their registry and configuration."""

@@ -1,0 +1,125 @@
+"""Parameters of equal shard shape and layout, whose state is one stack and whose update is one call of the rule."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from ..layout import Layout, Rule
+from ..placements import local, local_gradient
+from ..state import StateSpec
+
+STACK_BYTES = {"cpu": 2**18}
+"""Largest stack of gradients by device: on CPU small matrices gain from sharing a call, large ones fall out of the cache."""
+
+RuleFunction = Callable[[Tensor, Tensor, Any, Layout, Mapping[str, Any]], Rule | Tensor | None]
+"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); returns what to subtract, times lr, or None when done."""
+
+
+def bucket_size(p: Tensor) -> int:
+    """How many parameters like this shard one bucket may hold."""
+    limit = STACK_BYTES.get(p.device.type, 2**26)
+    return max(1, limit // max(1, p.numel() * p.element_size()))
+
+
+@dataclass
+class Bucket:
+    """Some parameters of one group.
+
+    Attributes:
+        params: B parameters with equal shard shapes, dtypes and layouts.
+        layout: Theirs.
+        specs: Declares the state.
+        stacks: State name → (B, *state shard).
+        label: Names the parameters in errors.
+    """
+
+    params: list[Tensor]
+    layout: Layout
+    specs: Mapping[str, StateSpec]
+    stacks: dict[str, Tensor]
+    label: str
+
+    @classmethod
+    def make(cls, params: list[Tensor], layout: Layout, specs: Mapping[str, StateSpec], label: str) -> "Bucket":
+        """A bucket with fresh state."""
+        like = local(params[0])
+        stacks = {
+            name: spec.allocate(layout, len(params), dtype=like.dtype, device=like.device)
+            for name, spec in specs.items()
+        }
+        return cls(params, layout, specs, stacks, label)
+
+    def bind(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Make ``state[p][name]`` a view of the stack, taking over the value of a tensor that somebody put there.
+
+        Raises:
+            ValueError: when such a tensor has another shape than the state.
+        """
+        for name, stack in self.stacks.items():
+            for p, view in zip(self.params, stack, strict=True):
+                present = state[p].get(name)
+                if present is not None:
+                    shard = local(present)
+                    if shard.data_ptr() == view.data_ptr() and shard.shape == view.shape and shard.dtype == view.dtype:
+                        continue
+                    if shard.numel() != view.numel():
+                        raise ValueError(
+                            f"{self.label}: state {name!r} has shape {tuple(shard.shape)} but this optimizer keeps "
+                            f"{tuple(view.shape)} here; load a state of the same optimizer and layout, or reshard it first."
+                        )
+                    view.copy_(shard.reshape(view.shape))
+                state[p][name] = as_state(view, p, self.specs[name])
+
+    def update(self, rule: RuleFunction, apply: Callable[[Tensor, Tensor], None], group: Mapping[str, Any]) -> Rule:
+        """A rule for the engine: step the parameters that have a gradient, leave the others and their state alone."""
+        live = [i for i, p in enumerate(self.params) if p.grad is not None]
+        whole_stack = len(live) == len(self.params)
+        pending = []
+        for rows in [live] if whole_stack else [[i] for i in live]:
+            pending.append(self._update(rows, rule, apply, group))
+        yield pending
+
+    def _update(
+        self, rows: Sequence[int], rule: RuleFunction, apply: Callable[[Tensor, Tensor], None], group: Mapping[str, Any]
+    ) -> Rule:
+        params = [local(self.params[i]) for i in rows]
+        gradients = [local_gradient(self.params[i]) for i in rows]
+        single = len(rows) == 1
+        p = params[0].unsqueeze(0) if single else torch.stack(params)
+        g = gradients[0].unsqueeze(0) if single else torch.stack(gradients)
+        state = SimpleNamespace(
+            **{name: stack[rows[0] : rows[0] + 1] if single else stack for name, stack in self.stacks.items()}
+        )
+        asked = rule(p, g, state, self.layout, group)
+        result = (yield asked) if hasattr(asked, "send") else asked
+        if result is not None:
+            for target, update in zip(params, result, strict=True):
+                apply(target, update)
+        elif not single:
+            torch._foreach_copy_(params, list(p.unbind()))
+
+
+def as_state(view: Tensor, p: Tensor, spec: StateSpec) -> Tensor:
+    """``view`` as users see it: a DTensor that shares its memory when the parameter is one, so that torch can reshard it."""
+    if not isinstance(p, DTensor):
+        return view
+    placements: list[Placement] = []
+    for placement in p.placements:
+        dim = placement.dim - p.ndim if isinstance(placement, Shard) else None
+        at = None if dim is None else _dim_of(spec.dims, dim, p.ndim)
+        placements.append(Replicate() if at is None else Shard(at))
+    shape = torch.Size(StateSpec(spec.dims).layout(Layout.whole(p.shape)).shape)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(view, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _dim_of(dims: str, parameter_dim: int, ndim: int) -> int | None:
+    if dims == "*":
+        return parameter_dim + ndim
+    letter = {-2: "i", -1: "j"}.get(parameter_dim, "?")
+    return dims.index(letter) if letter in dims else None

@@ -1,0 +1,124 @@
+"""Several optimizers, each with its own parameters, as one ``torch.optim.Optimizer``."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from .. import engine
+from ..placements import layout_of
+from ..process_groups_config import ProcessGroupCollection
+from .clip import Entry, clip_grad_norm_
+from .sharded_optimizer import ShardedStep, checks_ranks
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What happens to one parameter of this rank.
+
+    Attributes:
+        name: The parameter.
+        optimizer: Registered name of its optimizer.
+        shape: Shape of the whole.
+        sharding: How the whole is cut, in words.
+        mode: How its shards come together.
+    """
+
+    name: str
+    optimizer: str
+    shape: tuple[int, ...]
+    sharding: str
+    mode: str
+
+
+class ChainedOptimizer(Optimizer):
+    """One optimizer to schedulers and checkpoints; a step runs the members' rules together, so collectives are shared.
+
+    Parameter groups and state are those of the members, not copies.
+
+    Args:
+        optimizers: Registered name → member. No parameter may be in two of them.
+        pg_collection: Process groups of the model.
+    """
+
+    def __init__(self, optimizers: dict[str, Optimizer], pg_collection: ProcessGroupCollection) -> None:
+        self.members = optimizers
+        self.pg_collection = pg_collection
+        groups = [group for member in optimizers.values() for group in member.param_groups]
+        super().__init__(groups, {})
+        for member in optimizers.values():
+            self.state.update(member.state)
+        self._share()
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """The members."""
+        return list(self.members.values())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step with the gradients in ``.grad``; mutates parameters and state. Returns what ``closure`` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        members: Sequence[Any] = self.optimizers
+        ours = [member for member in members if isinstance(member, ShardedStep)]
+        engine.run((update for member in ours for update in member.updates()), check=checks_ranks())
+        for member in self.optimizers:
+            if not isinstance(member, ShardedStep):
+                member.step()
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Clip the gradients of all members by their global norm; see :func:`clip.clip_grad_norm_`."""
+        return clip_grad_norm_(self.entries(), max_norm, self.pg_collection)
+
+    def entries(self) -> list[Entry]:
+        """Name, parameter and layout of every parameter of this rank."""
+        return [
+            (name, p, layout_of(p, self.pg_collection, name=name))
+            for group in self.param_groups
+            for name, p in zip(group.get("param_names", ["?"] * len(group["params"])), group["params"], strict=True)
+        ]
+
+    def assignments(self) -> list[Assignment]:
+        """What happens to each parameter of this rank, for tables."""
+        where = {id(p): (name, lay) for name, p, lay in self.entries()}
+        return [
+            Assignment(where[id(p)][0], optimizer, where[id(p)][1].shape, where[id(p)][1].describe(), _mode(member))
+            for optimizer, member in self.members.items()
+            for group in member.param_groups
+            for p in group["params"]
+        ]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is built.
+
+        Raises:
+            ValueError: afterwards; a new parameter needs to be routed.
+        """
+        if not any(param_group is group for member in self.members.values() for group in member.param_groups):
+            raise ValueError(
+                "a chained optimizer cannot take a parameter group of its own; build it anew with get_optimizer."
+            )
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch, and the members see the new state."""
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        at = 0
+        for member in self.members.values():
+            count = len(member.param_groups)
+            member.param_groups = self.param_groups[at : at + count]
+            member.state = self.state
+            at += count
+
+
+def _mode(member: Optimizer) -> str:
+    return member.mode() if isinstance(member, ShardedStep) else "as it is"

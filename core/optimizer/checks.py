@@ -1,0 +1,22 @@
+"""Checks of constructor arguments; each error says what was given and what is possible."""
+
+import math
+from collections.abc import Sequence
+
+
+def choice(name: str, value: str, possible: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``possible``."""
+    if value not in possible:
+        raise ValueError(f"{name}={value!r} is unknown; possible: {', '.join(possible)}.")
+
+
+def non_negative(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a finite number ≥ 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value} must be a finite number of at least 0.")
+
+
+def fraction(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value} must be at least 0 and below 1.")

@@ -1,0 +1,241 @@
+"""The optimizer registry: names to classes, with Megatron-Core's interface.
+
+To add an optimizer: write or import its class, and add an ``EmergingOptimizerEntry`` to ``_EMERGING_OPTIMIZERS`` below (or
+call :func:`register_optimizer`). Write a ``_<name>_config_to_kwargs`` where :func:`_kwargs_from_config` does not serve.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any, get_args
+
+from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..process_groups_config import ProcessGroupCollection
+from .adam import Adam, AdamW
+from .chained import ChainedOptimizer
+from .muon import TensorParallelAdaptiveMuon, TensorParallelMuon
+from .optimizer_config import OptimizerConfig, ParamKey, ParamPredicate, unknown
+from .routing import Overrides, param_groups, route
+from .sgd import SGD
+
+__all__ = [
+    "EmergingOptimizerEntry",
+    "TensorParallelAdaptiveMuon",
+    "TensorParallelMuon",
+    "get_optimizer",
+    "get_supported_coefficient_types",
+    "list_optimizers",
+    "register_optimizer",
+    "validate_coefficient_type",
+]
+
+ENTRY_POINTS = "shardstep.optimizers"
+"""Entry-point group in which other packages name their ``EmergingOptimizerEntry``."""
+
+
+def get_supported_coefficient_types() -> tuple[str, ...]:
+    """The coefficient sets that the installed ``emerging_optimizers`` names."""
+    return get_args(NSCoeffT)
+
+
+def validate_coefficient_type(coefficient_type: str) -> None:
+    """Raise ValueError, naming the supported types, unless ``coefficient_type`` is among them."""
+    supported = get_supported_coefficient_types()
+    if coefficient_type not in supported:
+        raise ValueError(f"Unsupported muon coefficient type '{coefficient_type}'. Supported types: {supported}")
+
+
+def _is_nonlinear_or_embedding(param: Tensor) -> bool:
+    """True for parameters that must not use a matrix optimizer."""
+    return bool(getattr(param, "is_embedding_or_output_parameter", False)) or param.ndim != 2
+
+
+def _is_excluded_or_router(param: Tensor) -> bool:
+    return getattr(param, "use_muon", True) is False or bool(getattr(param, "is_router", False))
+
+
+def _default_param_overrides_factory() -> dict[ParamKey, dict[str, Any]]:
+    """Route non-linear, embedding, output and router parameters to Adam."""
+    tests = (
+        ParamPredicate("nonlinear_or_embedding", _is_nonlinear_or_embedding),
+        ParamPredicate("use_muon_false_or_router", _is_excluded_or_router),
+    )
+    return {ParamKey(predicate=tests): {"optimizer": "adam"}}
+
+
+def _eopt_init_state_fn(opt: Any, config: Any = None) -> None:
+    """Make state for every parameter, also those without a gradient: a checkpoint is loaded into it."""
+    for group in opt.param_groups:
+        opt._init_group(group, skip_non_grad_params=False)
+
+
+@dataclass
+class EmergingOptimizerEntry:
+    """What it takes to build an optimizer by name.
+
+    Attributes:
+        optimizer_cls: The class.
+        init_state_fn: ``(optimizer, config=None)``: makes the state of every parameter.
+        config_to_kwargs: ``(config, model_chunks, pg_collection)`` → constructor arguments; None for the default.
+        default_param_overrides: Settings for parameters that the class must not get.
+    """
+
+    optimizer_cls: type
+    init_state_fn: Callable[..., None] = _eopt_init_state_fn
+    config_to_kwargs: Callable[[Any, Sequence[nn.Module], Any], dict[str, Any]] | None = None
+    default_param_overrides: dict[ParamKey, dict[str, Any]] = field(default_factory=_default_param_overrides_factory)
+
+
+def _kwargs_from_config(optimizer_cls: type, prefix: str, config: Any) -> dict[str, Any]:
+    """For each constructor argument but ``self`` and ``params``: ``config.{prefix}_{name}``, or ``config.{name}``, or nothing."""
+    kwargs = {}
+    for name in inspect.signature(optimizer_cls.__init__).parameters:  # type: ignore[misc]
+        if name in ("self", "params"):
+            continue
+        for field_name in (f"{prefix}_{name}", name):
+            if hasattr(config, field_name):
+                kwargs[name] = getattr(config, field_name)
+                break
+    return kwargs
+
+
+def _get_qkv_split_shapes(model_cfg: Any) -> list[int]:
+    """Rows of q (and its gate), k and v in one query group of a fused QKV weight."""
+    query = model_cfg.num_attention_heads // model_cfg.num_query_groups * model_cfg.kv_channels
+    queries = [query, query] if getattr(model_cfg, "attention_output_gate", False) else [query]
+    return [*queries, model_cfg.kv_channels, model_cfg.kv_channels]
+
+
+def _muon_config_to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
+    """Constructor arguments of :class:`TensorParallelMuon`."""
+    kwargs = _kwargs_from_config(TensorParallelMuon, "muon", config)
+    kwargs["use_decoupled_weight_decay"] = getattr(config, "decoupled_weight_decay", True)
+    kwargs["is_qkv_fn"] = lambda p: bool(getattr(p, "is_qkv", False))
+    model_cfg = getattr(model_chunks[0], "config", None) if model_chunks else None
+    if hasattr(model_cfg, "num_query_groups"):
+        kwargs["qkv_split_shapes"] = _get_qkv_split_shapes(model_cfg)
+    kwargs["pg_collection"] = pg_collection
+    return kwargs
+
+
+def _adaptive_muon_config_to_kwargs(
+    config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any
+) -> dict[str, Any]:
+    """Constructor arguments of :class:`TensorParallelAdaptiveMuon`: Muon's, then its own."""
+    own = {
+        name.removeprefix("adaptive_muon_"): value
+        for name, value in vars(config).items()
+        if name.startswith("adaptive_muon_")
+    }
+    return {**_muon_config_to_kwargs(config, model_chunks, pg_collection), **own}
+
+
+def _default_adam_based_eopt_config_to_kwargs(
+    eopt_name: str, config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any
+) -> dict[str, Any]:
+    """Constructor arguments by name; ``betas``, ``eps`` and process groups only where the class takes them."""
+    cls = _entry(eopt_name).optimizer_cls
+    known = {"betas": (config.adam_beta1, config.adam_beta2), "pg_collection": pg_collection}
+    taken = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    return {**_kwargs_from_config(cls, eopt_name, config), **{k: v for k, v in known.items() if k in taken}}
+
+
+def _adam_config_to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
+    kwargs = _kwargs_from_config(AdamW, "adam", config)
+    return {**kwargs, "betas": (config.adam_beta1, config.adam_beta2), "pg_collection": pg_collection}
+
+
+def _create_emerging_optimizer(
+    config: Any, param_groups: Any, eopt_name: str, model_chunks: Sequence[nn.Module], pg_collection: Any
+) -> tuple[Optimizer, Callable[..., None]]:
+    """Build the optimizer called ``eopt_name`` for ``param_groups``; returns it and what makes its state."""
+    entry = _entry(eopt_name)
+    to_kwargs = entry.config_to_kwargs or partial(_default_adam_based_eopt_config_to_kwargs, eopt_name)
+    return entry.optimizer_cls(param_groups, **to_kwargs(config, model_chunks, pg_collection)), entry.init_state_fn
+
+
+_EMERGING_OPTIMIZERS: dict[str, EmergingOptimizerEntry] = {
+    "muon": EmergingOptimizerEntry(TensorParallelMuon, config_to_kwargs=_muon_config_to_kwargs),
+    "adaptive_muon": EmergingOptimizerEntry(
+        TensorParallelAdaptiveMuon, config_to_kwargs=_adaptive_muon_config_to_kwargs
+    ),
+    "adamw": EmergingOptimizerEntry(AdamW, config_to_kwargs=_adam_config_to_kwargs, default_param_overrides={}),
+    "adam": EmergingOptimizerEntry(Adam, config_to_kwargs=_adam_config_to_kwargs, default_param_overrides={}),
+    "sgd": EmergingOptimizerEntry(SGD, default_param_overrides={}),
+}
+
+
+def register_optimizer(name: str, entry: EmergingOptimizerEntry | None = None) -> Any:
+    """Make ``entry`` available as ``name``; without an entry, a decorator for an optimizer class with default settings.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+    if name in _EMERGING_OPTIMIZERS:
+        raise ValueError(
+            f"optimizer {name!r} is already registered, as {_EMERGING_OPTIMIZERS[name].optimizer_cls.__name__}."
+        )
+
+    def register(cls: type) -> type:
+        _EMERGING_OPTIMIZERS[name] = EmergingOptimizerEntry(cls)
+        return cls
+
+    if entry is None:
+        return register
+    _EMERGING_OPTIMIZERS[name] = entry
+    return entry
+
+
+def list_optimizers() -> tuple[str, ...]:
+    """All names, those of other packages' entry points included, in alphabetical order."""
+    return tuple(sorted({*_EMERGING_OPTIMIZERS, *(point.name for point in entry_points(group=ENTRY_POINTS))}))
+
+
+def _entry(name: str) -> EmergingOptimizerEntry:
+    if name not in _EMERGING_OPTIMIZERS:
+        for point in entry_points(group=ENTRY_POINTS, name=name):
+            _EMERGING_OPTIMIZERS[name] = point.load()
+            break
+        else:
+            raise ValueError(unknown("optimizer", name, list_optimizers()))
+    return _EMERGING_OPTIMIZERS[name]
+
+
+def get_optimizer(
+    config: OptimizerConfig,
+    model_chunks: Sequence[nn.Module],
+    pg_collection: ProcessGroupCollection | None = None,
+    param_overrides: Overrides | None = None,
+) -> ChainedOptimizer:
+    """Build the optimizer of a model: every parameter gets one, by ``config.optimizer``, its entry's overrides and yours.
+
+    Args:
+        config: Names the optimizer and its settings.
+        model_chunks: This rank's modules; parameter names must be global.
+        pg_collection: Process groups, ours or Megatron-Core's; None for a single process.
+        param_overrides: Settings for the parameters that a key selects, ``{"optimizer": "adamw", "lr": 1e-3}``; they win
+            over the entry's own.
+
+    Raises:
+        ValueError: for an unknown name, a missing learning rate, or overrides that contradict each other or match nothing.
+    """
+    if config.lr is None:
+        raise ValueError("config.lr is None; give the learning rate.")
+    groups = ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
+    routed = route(
+        config, model_chunks, _entry(config.optimizer).default_param_overrides, param_overrides or {}, groups
+    )
+    decoupled = {"adam": "adamw"} if config.decoupled_weight_decay else {}
+    routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
+    members = {}
+    for name in dict.fromkeys(r.optimizer for r in routed):
+        mine = param_groups([r for r in routed if r.optimizer == name])
+        optimizer, init_state = _create_emerging_optimizer(config, mine, name, model_chunks, groups)
+        init_state(optimizer, config)
+        members[name] = optimizer
+    return ChainedOptimizer(members, groups)

@@ -1,0 +1,291 @@
+"""Muon and adaptive Muon for tensor-parallel parameters, with Megatron-Core's names and arguments."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from emerging_optimizers.orthogonalized_optimizers import (
+    AdaptiveMuon,
+    OrthogonalizedOptimizer,
+    get_muon_scale_factor,
+)
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import engine
+from ..layout import Layout, Mode, Rule
+from ..linalg.newton_schulz import coefficients, newton_schulz
+from ..placements import layout_of, local
+from ..process_groups_config import ProcessGroupCollection
+from ..state import StateSpec
+from . import orthogonal
+from .buckets import RuleFunction
+from .checks import choice, fraction, non_negative
+from .sharded_optimizer import ShardedStep
+
+SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
+PRECISIONS = ("highest", "high", "medium")
+
+
+class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):  
+    """Muon whose step is the step of the whole matrix, however it is sharded.
+
+    ``W ← (1 - lr·wd)·W``; ``M ← μM + (1-μ)G``; ``U = (1-μ)G + μM`` with Nesterov, else ``M``;
+    ``W ← W - lr · scale(m, n) · extra_scale_factor · NS(U)``, all of the whole matrix (of each part of a fused one).
+
+    Args:
+        params: 2-D parameters, or parameter groups. DTensors, or plain tensors with Megatron's attributes.
+        lr: Learning rate.
+        momentum: μ, in [0, 1).
+        nesterov: Look one step ahead.
+        weight_decay: wd ≥ 0.
+        use_decoupled_weight_decay: False adds ``wd·W`` to the gradient instead.
+        split_qkv: Orthogonalize q, k and v of a fused weight apart.
+        is_qkv_fn: Tells which parameters are fused; default: those with a true attribute ``is_qkv``.
+        qkv_split_shapes: Rows of q, k, v (and gate) in one query group; an attribute of that name on the parameter wins.
+            A parameter's attribute ``matrix_parts`` says the same of any other fused weight (gate/up).
+        fp32_matmul_prec: ``highest``, ``high`` (tf32) or ``medium`` (bfloat16 Newton-Schulz).
+        coefficient_type: Set of Newton-Schulz coefficients of emerging-optimizers.
+        num_ns_steps: Newton-Schulz iterations, at least 1.
+        scale_mode: ``shape_scaling``, ``spectral`` or ``unit_rms_norm``.
+        extra_scale_factor: Another factor of the update.
+        pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
+        tp_mode: How shards come together (:func:`core.on_matrix.on_matrix`); all but ``blockwise`` are exact.
+
+    Raises:
+        ValueError: for an argument out of range, a parameter that is not 2-D, or a split that does not fit.
+
+    Source: https://kellerjordan.github.io/posts/muon/
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-4,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.01,
+        use_decoupled_weight_decay: bool = True,
+        split_qkv: bool = False,
+        is_qkv_fn: Callable[[Tensor], bool] | None = None,
+        qkv_split_shapes: Sequence[int] | None = None,
+        fp32_matmul_prec: str = "medium",
+        coefficient_type: str = "quintic",
+        num_ns_steps: int = 5,
+        scale_mode: str = "spectral",
+        extra_scale_factor: float = 1.0,
+        pg_collection: ProcessGroupCollection | None = None,
+        tp_mode: Literal["blockwise", "duplicated", "distributed", "owner"] = "duplicated",
+    ) -> None:
+        if num_ns_steps < 1:
+            raise ValueError(f"num_ns_steps must be at least 1, got {num_ns_steps}")
+        non_negative("lr", lr)
+        fraction("momentum", momentum)
+        non_negative("weight_decay", weight_decay)
+        choice("fp32_matmul_prec", fp32_matmul_prec, PRECISIONS)
+        choice("scale_mode", scale_mode, SCALE_MODES)
+        choice("tp_mode", tp_mode, get_args(Mode))
+        self.tp_mode: Mode = tp_mode
+        self.split_qkv = split_qkv
+        self.is_qkv_fn = is_qkv_fn or (lambda p: bool(getattr(p, "is_qkv", False)))
+        self.qkv_split_shapes = qkv_split_shapes
+        self.pg_collection = pg_collection
+        self.scale_mode = scale_mode
+        self.extra_scale_factor = extra_scale_factor
+        self._coefs = coefficients(coefficient_type, num_ns_steps)
+        # By name, not super(): in AdaptiveMuon's MRO the next class takes other arguments.
+        OrthogonalizedOptimizer.__init__(
+            self,
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            nesterov=nesterov,
+            weight_decay_method="decoupled" if use_decoupled_weight_decay else "l2",
+            fp32_matmul_prec=fp32_matmul_prec,
+            scaled_orthogonalize_fn=lambda x: self._whole(x),
+        )
+        self._make_state()
+
+    def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
+        """The scaled, orthogonalized shard for this one parameter.
+
+        Args:
+            p: The parameter.
+            grad: (m, n) shard of its momentum.
+            kwargs: Ignored; accepted as the base class does.
+        """
+        rule = self._orthogonal(local(grad)[None], self.layout(p), scaled=True)
+        with torch.no_grad():
+            out: Tensor = engine.run([(self._name(p), rule)])[0][0]
+        return out.to(grad.dtype)
+
+    step = ShardedStep.step
+
+    def layout(self, p: Tensor) -> Layout:
+        """Where ``p`` and its parts live; its own shard for the whole in ``blockwise`` mode."""
+        if p.ndim != 2:
+            raise ValueError(
+                f"{self._name(p)}: {type(self).__name__} works on matrices, but this parameter has shape {tuple(p.shape)}; "
+                f"give it to an elementwise optimizer (adamw)."
+            )
+        lay = layout_of(p, self._groups, part_sizes=self._part_sizes(p), name=self._name(p))
+        if self.tp_mode == "blockwise":
+            return lay.block
+        axes = (*lay.axes, *lay.copies) if self.tp_mode == "owner" else lay.axes
+        return replace(lay, domain=self._groups.domain(tuple(sorted(axes, key=lambda axis: axis.name))))
+
+    def state_layouts(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Layout | None]:
+        """As in the base class; in ``blockwise`` mode only what follows the parameter elementwise has a place in the whole."""
+        if self.tp_mode != "blockwise":
+            return super().state_layouts(p, group)
+        whole = layout_of(p, self._groups, name=self._name(p))
+        specs = self.state_specs(group, self.layout(p))
+        return {name: spec.layout(whole) if spec.dims == "*" else None for name, spec in specs.items()}
+
+    def mode(self) -> str:
+        """The tensor-parallel mode."""
+        return self.tp_mode
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """``momentum_buffer``, like the parameter."""
+        return {"momentum_buffer": StateSpec("*")}
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """Momentum, then orthogonalization."""
+        return self._muon
+
+    def _muon(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+        u = self._momentum(p, g, s, group)
+        return (yield self._orthogonal(u, lay, scaled=True))
+
+    def _momentum(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any]) -> Tensor:
+        if self.weight_decay_method == "l2" and group["weight_decay"]:
+            g = g.add(p, alpha=group["weight_decay"])
+        return orthogonal.momentum(g, s.momentum_buffer, mu=group["momentum"], nesterov=self.nesterov)
+
+    def _orthogonal(self, u: Tensor, lay: Layout, *, scaled: bool) -> Rule:
+        def fn(x: Tensor, matrix: Layout) -> Rule:
+            scale = self._scale(*matrix.shape) if scaled else 1.0
+            return newton_schulz(x, matrix, coefs=self._coefs, precision=self.fp32_matmul_prec, scale=scale)
+
+        return orthogonal.orthogonal(u, lay, fn, mode=self.tp_mode, precision=self.fp32_matmul_prec)
+
+    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        if self.weight_decay_method == "decoupled" and decay:
+            p.add_(p, alpha=-decay * lr)
+        p.add_(update, alpha=-lr)
+
+    def _scale(self, rows: int, cols: int) -> float:
+        return float(get_muon_scale_factor(rows, cols, mode=self.scale_mode) * self.extra_scale_factor)
+
+    def _part_sizes(self, p: Tensor) -> Sequence[int] | None:
+        if not (self.split_qkv and self.is_qkv_fn(p)):
+            return getattr(p, "matrix_parts", None)
+        sizes: Sequence[int] | None = getattr(p, "qkv_split_shapes", None) or self.qkv_split_shapes
+        if sizes is None:
+            raise ValueError(
+                f"{self._name(p)}: split_qkv is on and this is a fused QKV weight, but its split is unknown; "
+                f"pass qkv_split_shapes=(q, k, v) rows of one query group, or set that attribute on the parameter."
+            )
+        return sizes
+
+    def _whole(self, x: Tensor) -> Tensor:
+        rule = self._orthogonal(
+            x[None], replace(Layout.whole(x.shape), domain=ProcessGroupCollection().domain(())), scaled=True
+        )
+        out: Tensor = engine.run([("matrix", rule)])[0][0]
+        return out.to(x.dtype)
+
+
+class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):  
+    """Muon with a second moment of the orthogonalized direction, whose statistics are those of the whole matrix.
+
+    As :class:`TensorParallelMuon`, and:
+
+    Args:
+        moment2_method: ``adamuon`` (elementwise), ``normuon`` (per index of the longer side) or ``namo`` (one number).
+        beta2: Decay of the second moment, in [0, 1).
+        eps: Added to, or smallest value of, what is divided by.
+
+    The second moment is of the unscaled direction, and the scale is applied once, after it.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-4,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.01,
+        use_decoupled_weight_decay: bool = True,
+        split_qkv: bool = False,
+        is_qkv_fn: Callable[[Tensor], bool] | None = None,
+        qkv_split_shapes: Sequence[int] | None = None,
+        fp32_matmul_prec: str = "medium",
+        coefficient_type: str = "quintic",
+        num_ns_steps: int = 5,
+        scale_mode: str = "spectral",
+        extra_scale_factor: float = 1.0,
+        pg_collection: ProcessGroupCollection | None = None,
+        tp_mode: Literal["blockwise", "duplicated", "distributed", "owner"] = "duplicated",
+        moment2_method: orthogonal.Moment2 = "adamuon",
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+    ) -> None:
+        choice("moment2_method", moment2_method, get_args(orthogonal.Moment2))
+        fraction("beta2", beta2)
+        non_negative("eps", eps)
+        if moment2_method == "namo" and not use_decoupled_weight_decay:
+            raise ValueError("moment2_method 'namo' needs the raw gradient; use decoupled weight decay with it.")
+        self.moment2_method = moment2_method
+        self._adaptive = {"beta2": beta2, "eps": eps}
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            nesterov,
+            weight_decay,
+            use_decoupled_weight_decay,
+            split_qkv,
+            is_qkv_fn,
+            qkv_split_shapes,
+            fp32_matmul_prec,
+            coefficient_type,
+            num_ns_steps,
+            scale_mode,
+            extra_scale_factor,
+            pg_collection,
+            tp_mode,
+        )
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; see :meth:`ShardedStep.step`."""
+        return ShardedStep.step(self, closure)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; ``beta2`` and ``eps`` may differ by group."""
+        for name, value in self._adaptive.items():
+            param_group.setdefault(name, value)
+        super().add_param_group(param_group)
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """``momentum_buffer`` like the parameter; ``moment2_buffer`` by method."""
+        return {
+            **super().state_specs(group, layout),
+            "moment2_buffer": orthogonal.moment2_spec(self.moment2_method, layout),
+        }
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """Momentum, orthogonalization, second moment, scale."""
+        return self._adaptive_muon
+
+    def _adaptive_muon(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+        u = self._momentum(p, g, s, group)
+        o = (yield self._orthogonal(u, lay, scaled=False)).to(g.dtype)
+        o = yield orthogonal.adapt(
+            o, g, u, s.moment2_buffer, lay, self.moment2_method, beta2=group["beta2"], eps=group["eps"]
+        )
+        return o * lay.per_part(self._scale, o)

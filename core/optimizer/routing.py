@@ -1,0 +1,112 @@
+"""Which optimizer and settings each parameter of a model gets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..process_groups_config import ProcessGroupCollection
+from .optimizer_config import OptimizerConfig, ParamKey
+
+Overrides = Mapping[ParamKey, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One parameter and what was decided for it.
+
+    Attributes:
+        name: Its global name.
+        param: The parameter.
+        optimizer: Name of its optimizer.
+        settings: What its parameter group has besides the optimizer's own defaults.
+    """
+
+    name: str
+    param: nn.Parameter
+    optimizer: str
+    settings: tuple[tuple[str, Any], ...]
+
+
+def route(
+    config: OptimizerConfig,
+    model_chunks: Sequence[nn.Module],
+    defaults: Overrides,
+    overrides: Overrides,
+    groups: ProcessGroupCollection,
+) -> list[Routed]:
+    """Decide for every parameter that requires a gradient.
+
+    ``overrides`` win over ``defaults``, key by key; 1-D parameters get no weight decay unless an override says otherwise.
+    Override keys: ``optimizer``; ``lr`` (or Megatron's ``max_lr``), ``min_lr``, ``lr_mult``, ``wd_mult``,
+    ``weight_decay``; any other key is an argument that the optimizer keeps per group.
+
+    Raises:
+        ValueError: when two overrides disagree, or one matches no parameter of any pipeline stage, or names collide.
+    """
+    named = _named_parameters(model_chunks)
+    _check_matches(named, overrides, groups)
+    routed = []
+    for name, param in named.items():
+        settings: dict[str, Any] = {} if param.ndim > 1 else {"wd_mult": 0.0}
+        settings |= _combine(name, param, defaults) | _combine(name, param, overrides)
+        optimizer = settings.pop("optimizer", config.optimizer)
+        routed.append(Routed(name, param, optimizer, _group_settings(config, settings)))
+    return routed
+
+
+def param_groups(routed: Sequence[Routed]) -> list[dict[str, Any]]:
+    """Parameter groups, named, one for each distinct combination of settings."""
+    by_settings: dict[tuple[tuple[str, Any], ...], list[tuple[str, nn.Parameter]]] = {}
+    for r in routed:
+        by_settings.setdefault(r.settings, []).append((r.name, r.param))
+    return [{"params": params, **dict(settings)} for settings, params in by_settings.items()]
+
+
+def _named_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    named: dict[str, nn.Parameter] = {}
+    for chunk in model_chunks:
+        for name, param in chunk.named_parameters():
+            if named.setdefault(name, param) is not param:
+                raise ValueError(
+                    f"two model chunks have a parameter called {name!r}; names must be global (decoder.layers.7…, not "
+                    f"numbered from 0 in every chunk), or checkpoints would mix them up."
+                )
+    return {name: param for name, param in named.items() if param.requires_grad}
+
+
+def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> dict[str, Any]:
+    combined: dict[str, Any] = {}
+    by: dict[str, ParamKey] = {}
+    for key, settings in overrides.items():
+        if not key.matches(param, name):
+            continue
+        for setting, value in settings.items():
+            setting = {"max_lr": "lr"}.get(setting, setting)
+            if setting in combined and combined[setting] != value:
+                raise ValueError(
+                    f"{name}: override '{by[setting]}' sets {setting}={combined[setting]!r} and override '{key}' sets "
+                    f"{setting}={value!r}; make one of them match less."
+                )
+            combined[setting] = value
+            by[setting] = key
+    return combined
+
+
+def _check_matches(named: Mapping[str, nn.Parameter], overrides: Overrides, groups: ProcessGroupCollection) -> None:
+    here = [any(key.matches(param, name) for name, param in named.items()) for key in overrides]
+    stages = groups.gather(groups.domain((groups.axis("pp"),)), here)
+    for key, *matched in zip(overrides, *stages, strict=True):
+        if not any(matched):
+            example = next(iter(named), "none")
+            raise ValueError(
+                f"override '{key}' matches no parameter of the model; names look like {example!r}, patterns are globs "
+                f"(decoder.layers.*.mlp.*)."
+            )
+
+
+def _group_settings(config: OptimizerConfig, settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    decay = settings.pop("weight_decay", config.weight_decay) * settings.get("wd_mult", 1.0)
+    lr = settings.pop("lr", config.lr) * settings.get("lr_mult", 1.0)
+    return tuple(sorted({**settings, "weight_decay": decay, "lr": lr}.items()))

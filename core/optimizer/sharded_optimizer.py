@@ -1,0 +1,135 @@
+"""The one step loop: gradients into buckets, rules through the engine, updates onto the shards."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..layout import Layout, Rule
+from ..placements import layout_of, local
+from ..process_groups_config import ProcessGroupCollection
+from ..state import StateSpec
+from .buckets import Bucket, RuleFunction, bucket_size
+
+CHECK = "SHARDSTEP_CHECK"
+"""Environment variable: ``1`` makes every step compare what the ranks ask for before each collective."""
+
+
+def checks_ranks() -> bool:
+    """Whether the user asked for :data:`CHECK`."""
+    return os.environ.get(CHECK) == "1"
+
+
+class ShardedStep:
+    """Mixin for a ``torch.optim.Optimizer`` class that is written as a rule.
+
+    The class in front of it in the MRO says what the state is (:meth:`state_specs`) and what the rule is (:meth:`rule`).
+    State is allocated at construction for every parameter, with or without gradient, so that a checkpoint always has the
+    same keys. Parameters without a gradient in a step are left alone, their state untouched.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    pg_collection: ProcessGroupCollection | None
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """What each parameter of ``layout`` in ``group`` keeps between steps."""
+        raise NotImplementedError
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """The update of the parameters in ``group``."""
+        raise NotImplementedError
+
+    def layout(self, p: Tensor) -> Layout:
+        """Where ``p`` lives, as this optimizer's rule sees it."""
+        return layout_of(p, self._groups, name=self._name(p))
+
+    def state_layouts(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Layout | None]:
+        """Where each state tensor of ``p`` lives in the whole model; None for state that belongs to this rank's block."""
+        lay = self.layout(p)
+        return {name: spec.layout(lay) for name, spec in self.state_specs(group, lay).items()}
+
+    def mode(self) -> str:
+        """How shards come together, for tables."""
+        return "elementwise"
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients in ``.grad``; mutates parameters and state.
+
+        Args:
+            closure: Reevaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        engine.run(self.updates(), check=checks_ranks())
+        return loss
+
+    def updates(self) -> Iterator[tuple[str, Rule]]:
+        """The rules of one step, for :func:`engine.run`; a chain of optimizers runs those of all its members together."""
+        for group in self.param_groups:
+            self._init_group(group)
+            for bucket in self._buckets(group):
+                yield bucket.label, self._scoped(bucket, group)
+
+    @torch.no_grad()
+    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
+        """Make state for the parameters of ``group`` and take over what was loaded or put into ``self.state``.
+
+        ``skip_non_grad_params`` is accepted for Megatron's sake: state exists for every parameter from the start.
+        """
+        for bucket in self._buckets(group):
+            bucket.bind(self.state)
+
+    def _make_state(self) -> None:
+        for group in self.param_groups:
+            self._init_group(group)
+
+    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
+        p.add_(update, alpha=-float(group["lr"]))
+
+    def _scoped(self, bucket: Bucket, group: Mapping[str, Any]) -> Rule:
+        return bucket.update(self.rule(group), lambda p, update: self._apply(p, update, group), group)
+
+    @property
+    def _groups(self) -> ProcessGroupCollection:
+        if not hasattr(self, "_collection"):
+            given = self.pg_collection
+            self._collection = ProcessGroupCollection() if given is None else ProcessGroupCollection.from_any(given)
+        return self._collection
+
+    def _name(self, p: Tensor) -> str:
+        for group in self.param_groups:
+            for other, name in zip(group["params"], group.get("param_names", ()), strict=False):
+                if other is p:
+                    return str(name)
+        return f"parameter of shape {tuple(p.shape)}"
+
+    def _buckets(self, group: Mapping[str, Any]) -> list[Bucket]:
+        """The buckets of ``group``; made anew when its list of parameters is no longer the one they were made of."""
+        made: dict[tuple[int, ...], list[Bucket]] = self.__dict__.setdefault("_made", {})
+        key = tuple(id(p) for p in group["params"])
+        if key not in made:
+            for other in [k for k in made if set(k) & set(key)]:
+                del made[other]
+            made[key] = list(self._make_buckets(group))
+        return made[key]
+
+    def _make_buckets(self, group: Mapping[str, Any]) -> Iterator[Bucket]:
+        alike: dict[Any, list[Tensor]] = {}
+        for p in group["params"]:
+            shard = local(p)
+            alike.setdefault((self.layout(p), shard.dtype, shard.device), []).append(p)
+        for (layout, _, _), params in alike.items():
+            size = bucket_size(local(params[0]))
+            for i in range(0, len(params), size):
+                some = params[i : i + size]
+                yield Bucket.make(some, layout, self.state_specs(group, layout), self._name(some[0]))

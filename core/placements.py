@@ -1,0 +1,102 @@
+"""Layouts out of what a parameter says of itself: DTensor placements, or Megatron's attributes on a plain tensor."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .layout import Layout, Split
+from .process_groups_config import Axis, ProcessGroupCollection
+from .ranges import Ranges, repeat
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of ``x``, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def local_gradient(p: Tensor) -> Tensor:
+    """This rank's shard of ``p.grad``, laid out as ``p``.
+
+    A DTensor gradient that is placed otherwise (partial sums of sequence parallelism) is redistributed, which
+    communicates.
+
+    Raises:
+        ValueError: for a sparse or complex gradient.
+    """
+    g = p.grad
+    assert g is not None
+    if g.is_sparse or g.is_complex():
+        raise ValueError(
+            f"a gradient of shape {tuple(g.shape)} is {'sparse' if g.is_sparse else 'complex'}; make it a dense real tensor."
+        )
+    if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements:
+        g = g.redistribute(p.device_mesh, p.placements)
+    return local(g)
+
+
+def layout_of(
+    p: Tensor, groups: ProcessGroupCollection, *, part_sizes: Sequence[int] | None = None, name: str = ""
+) -> Layout:
+    """Where the parameter ``p`` lives.
+
+    Args:
+        p: A DTensor, or a plain tensor with Megatron's attributes ``tensor_model_parallel``, ``partition_dim``,
+            ``partition_stride`` and ``expert_tp``.
+        groups: Process groups that the attributes refer to; its ``dp`` tells which ranks hold copies.
+        part_sizes: Sizes of the row blocks, repeating along dim -2, each of which is a matrix of its own.
+        name: For errors.
+
+    Raises:
+        ValueError: when ``p`` is sharded in a way that no layout describes, or ``part_sizes`` do not fit.
+    """
+    layout = _from_dtensor(p, groups, name) if isinstance(p, DTensor) else _from_attributes(p, groups, name)
+    if not part_sizes or len(part_sizes) == 1:
+        return layout
+    return Layout(layout.shape, layout.splits, layout.copies, _parts(layout.shape, part_sizes, name))
+
+
+def _from_attributes(p: Tensor, groups: ProcessGroupCollection, name: str) -> Layout:
+    expert = "expt_" if getattr(p, "expert_tp", False) else ""
+    tp, dp = groups.axis(f"{expert}tp"), groups.axis(f"{expert}dp")
+    dim = getattr(p, "partition_dim", -1)
+    if dim < 0 or tp.size == 1 or not getattr(p, "tensor_model_parallel", True):
+        return Layout(tuple(p.shape), (None,) * p.ndim, copies=(tp, dp))
+    if dim >= p.ndim:
+        raise ValueError(
+            f"{name}: partition_dim {dim} is not a dim of shape {tuple(p.shape)}; set it to 0..{p.ndim - 1} or -1."
+        )
+    stride = getattr(p, "partition_stride", 1)
+    size = p.shape[dim] * tp.size
+    splits = tuple(Split.even(tp, size, stride=stride) if d == dim else None for d in range(p.ndim))
+    return Layout(tuple(size if d == dim else n for d, n in enumerate(p.shape)), splits, copies=(dp,))
+
+
+def _from_dtensor(p: DTensor, groups: ProcessGroupCollection, name: str) -> Layout:
+    mesh = p.device_mesh
+    names = mesh.mesh_dim_names or tuple(f"mesh{i}" for i in range(mesh.ndim))
+    splits: list[Split | None] = [None] * p.ndim
+    copies: list[Axis] = []
+    for i, placement in enumerate(p.placements):
+        axis = Axis.of(names[i], mesh.get_group(i))
+        if type(placement) is Replicate or axis.size == 1:
+            copies.append(axis)
+        elif type(placement) is Shard and splits[placement.dim] is None:
+            splits[placement.dim] = Split.even(axis, p.shape[placement.dim])
+        else:
+            raise ValueError(
+                f"{name}: a DTensor of shape {tuple(p.shape)} with placements {p.placements} has no layout here; "
+                f"Replicate and one Shard per tensor dim are possible. Shard another dim over mesh axis {names[i]!r}."
+            )
+    if "dp" not in names:
+        copies.append(groups.axis("dp"))
+    return Layout(tuple(p.shape), tuple(splits), tuple(copies))
+
+
+def _parts(shape: Sequence[int], sizes: Sequence[int], name: str) -> tuple[Ranges, ...]:
+    if len(shape) != 2 or min(sizes) <= 0 or shape[0] % sum(sizes):
+        raise ValueError(
+            f"{name}: row blocks {tuple(sizes)} sum to {sum(sizes)}, which does not divide the {shape[0]} rows of the "
+            f"whole matrix {tuple(shape)}; give positive sizes per query group (or per gate/up pair) that do."
+        )
+    return repeat(tuple(sizes), shape[0])

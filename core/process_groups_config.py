@@ -1,0 +1,141 @@
+"""Process groups by name, and groups that join several of them."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the device mesh as this rank sees it.
+
+    Attributes:
+        name: ``tp``, ``dp``, ``pp``, …
+        ranks: Global ranks along the axis, in axis order.
+        index: This rank's position on the axis.
+        group: Its process group; None stands for a single rank.
+    """
+
+    name: str
+    ranks: tuple[int, ...] = (0,)
+    index: int = 0
+    group: ProcessGroup | None = field(default=None, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks along the axis."""
+        return len(self.ranks)
+
+    @classmethod
+    def of(cls, name: str, group: ProcessGroup | None) -> Self:
+        """The axis that ``group`` spans; a single rank for None."""
+        if group is None:
+            return cls(name)
+        return cls(name, tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The ranks that together hold every shard and every copy of a tensor.
+
+    Attributes:
+        axes: Names of the axes that it joins.
+        coords: For each rank of ``group``, in group order, its index on each axis.
+        index: This rank's position in ``group``.
+        group: Joint process group; None stands for a single rank.
+    """
+
+    axes: tuple[str, ...]
+    coords: tuple[tuple[int, ...], ...]
+    index: int
+    group: ProcessGroup | None = field(default=None, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.coords)
+
+
+@dataclass
+class ProcessGroupCollection:
+    """Process groups by Megatron's names. A field that is None is an axis of size one.
+
+    Attributes:
+        tp: Tensor parallel.
+        pp: Pipeline parallel.
+        dp: Data parallel: the ranks that hold the same shard.
+        expt_tp: Tensor parallel of expert parameters.
+        expt_dp: Data parallel of expert parameters.
+    """
+
+    tp: ProcessGroup | None = None
+    pp: ProcessGroup | None = None
+    dp: ProcessGroup | None = None
+    expt_tp: ProcessGroup | None = None
+    expt_dp: ProcessGroup | None = None
+    _domains: dict[tuple[Axis, ...], Domain] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh) -> Self:
+        """Groups of the mesh's axes that are called ``tp``, ``pp``, ``dp``, ``expt_tp`` or ``expt_dp``.
+
+        Raises:
+            ValueError: for an axis of another name.
+        """
+        names = tuple(mesh.mesh_dim_names or ())
+        known = {"tp", "pp", "dp", "expt_tp", "expt_dp"}
+        if unknown := set(names) - known:
+            raise ValueError(f"device mesh axes {sorted(unknown)} are unknown; name the axes among {sorted(known)}.")
+        groups: dict[str, Any] = {name: mesh.get_group(name) for name in names}
+        return cls(**groups)
+
+    @classmethod
+    def from_any(cls, groups: Any) -> "ProcessGroupCollection":
+        """``groups`` itself, or the same groups out of another object with these attributes (Megatron-Core's)."""
+        if isinstance(groups, ProcessGroupCollection):
+            return groups
+        names = [f.name for f in fields(cls) if not f.name.startswith("_")]
+        found: dict[str, Any] = {name: getattr(groups, name, None) for name in names}
+        return cls(**found)
+
+    def axis(self, name: str) -> Axis:
+        """This rank's view of the axis called ``name``."""
+        return Axis.of(name, getattr(self, name))
+
+    def domain(self, axes: tuple[Axis, ...]) -> Domain:
+        """The ranks that ``axes`` span together. Makes a process group once when more than one axis has several ranks.
+
+        All ranks of the domain must ask in the same order, as they do when they build the same optimizer.
+        """
+        axes = tuple(axis for axis in axes if axis.size > 1)
+        if axes not in self._domains:
+            self._domains[axes] = _join(axes)
+        return self._domains[axes]
+
+    def gather(self, domain: Domain, value: Any) -> list[Any]:
+        """``value`` of every rank of ``domain``, in group order; for set-up and errors, it pickles."""
+        values: list[Any] = [value]
+        if domain.group is not None:
+            values *= domain.size
+            dist.all_gather_object(values, value, group=domain.group)
+        return values
+
+
+def _join(axes: tuple[Axis, ...]) -> Domain:
+    names = tuple(axis.name for axis in axes)
+    if not axes:
+        return Domain(names, ((),), 0)
+    if len(axes) == 1:
+        (axis,) = axes
+        return Domain(names, tuple((i,) for i in range(axis.size)), axis.index, axis.group)
+    first, last = _join(axes[:-1]), axes[-1]
+    # A rank knows only its own line along the last axis; its neighbours on the other axes know the parallel ones.
+    lines: list[Any] = [None] * first.size
+    dist.all_gather_object(lines, last.ranks, group=first.group)
+    group = dist.new_group(sorted(rank for line in lines for rank in line), use_local_synchronization=True)
+    coords: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(coords, tuple(axis.index for axis in axes), group=group)
+    return Domain(names, tuple(coords), dist.get_rank(group), group)
