@@ -27,6 +27,7 @@ class Cut:
         shapes: Whole shapes.
         attributes: Set on every parameter.
         kwargs: For the optimizer.
+        dtype: Of the parameters.
     """
 
     mesh: Mapping[str, int]
@@ -35,6 +36,7 @@ class Cut:
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     attributes: Mapping[str, Any] = field(default_factory=dict)
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
 
     def shard(self, whole: Tensor, coords: Mapping[str, int]) -> Tensor:
         """The piece of ``whole`` at these positions on the mesh axes."""
@@ -150,7 +152,7 @@ def train(
     """Shards after ``steps`` of the optimizer ``name`` on what ``parameter`` makes of each whole weight and gradient."""
     params = []
     for whole in wholes:
-        p = parameter(whole.clone())
+        p = parameter(whole.to(cut.dtype, copy=True))
         attributes = {**vars(p), **cut.attributes} if not isinstance(p, DTensor) else dict(cut.attributes)
         p = torch.nn.Parameter(p)
         for attribute, value in attributes.items():
@@ -162,7 +164,7 @@ def train(
     for step in range(steps):
         for i, p in enumerate(params):
             g = whole_gradient(i, step, cut.shapes[i])
-            p.grad = None if g is None else parameter(g)
+            p.grad = None if g is None else parameter(g.to(cut.dtype))
         optimizer.step()
     return [p.to_local().detach() if isinstance(p, DTensor) else p.detach() for p in params]
 

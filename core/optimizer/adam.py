@@ -51,7 +51,7 @@ class Adam(ElementwiseStep, Optimizer):  # type: ignore[misc]
         non_negative("weight_decay", weight_decay)
         self.pg_collection = pg_collection
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._make_state()
+        self.take_state()
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``exp_avg``, ``exp_avg_sq`` like the parameter; ``step`` a scalar."""

@@ -110,6 +110,9 @@ class ChainedOptimizer(Optimizer):
         """As in torch, and the members see the new state."""
         super().__setstate__(state)
         self._share()
+        for member in self.optimizers:
+            if isinstance(member, ShardedStep):
+                member.take_state()
 
     def _share(self) -> None:
         at = 0

@@ -55,17 +55,17 @@ def _is_nonlinear_or_embedding(param: Tensor) -> bool:
     return bool(getattr(param, "is_embedding_or_output_parameter", False)) or param.ndim != 2
 
 
-def _is_excluded_or_router(param: Tensor) -> bool:
-    return getattr(param, "use_muon", True) is False or bool(getattr(param, "is_router", False))
+_NOT_A_MATRIX = ("*embedding*", "*router*", "*output_layer.weight", "*lm_head.weight")
+"""Names of weights that are 2-D, but tables of rows or too sensitive to be orthogonalized, whether or not they are tagged."""
 
 
 def _default_param_overrides_factory() -> dict[ParamKey, dict[str, Any]]:
     """Route non-linear, embedding, output and router parameters to Adam."""
     tests = (
         ParamPredicate("nonlinear_or_embedding", _is_nonlinear_or_embedding),
-        ParamPredicate("use_muon_false_or_router", _is_excluded_or_router),
+        ParamPredicate("use_muon=False", lambda param: getattr(param, "use_muon", True) is False),
     )
-    return {ParamKey(predicate=tests): {"optimizer": "adam"}}
+    return {ParamKey(name=_NOT_A_MATRIX, predicate=tests): {"optimizer": "adam"}}
 
 
 def _eopt_init_state_fn(opt: Any, config: Any = None) -> None:

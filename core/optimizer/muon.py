@@ -28,7 +28,7 @@ SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
 PRECISIONS = ("highest", "high", "medium")
 
 
-class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):  
+class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
     """Muon whose step is the step of the whole matrix, however it is sharded.
 
     ``W ← (1 - lr·wd)·W``; ``M ← μM + (1-μ)G``; ``U = (1-μ)G + μM`` with Nesterov, else ``M``;
@@ -106,7 +106,7 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
             fp32_matmul_prec=fp32_matmul_prec,
             scaled_orthogonalize_fn=lambda x: self._whole(x),
         )
-        self._make_state()
+        self.take_state()
 
     def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
         """The scaled, orthogonalized shard for this one parameter.
@@ -200,7 +200,7 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         return out.to(x.dtype)
 
 
-class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):  
+class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
     """Muon with a second moment of the orthogonalized direction, whose statistics are those of the whole matrix.
 
     As :class:`TensorParallelMuon`, and:

@@ -46,7 +46,7 @@ class SGD(ElementwiseStep, Optimizer):  # type: ignore[misc]
             raise ValueError("nesterov=True needs a momentum above 0; got momentum=0.")
         self.pg_collection = pg_collection
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
-        self._make_state()
+        self.take_state()
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``momentum_buffer`` like the parameter, when there is momentum."""

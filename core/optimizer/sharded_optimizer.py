@@ -89,7 +89,14 @@ class ShardedStep:
         for bucket in self._buckets(group):
             bucket.bind(self.state)
 
-    def _make_state(self) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch, and what was loaded is copied at once: torch would keep the tensors of whoever saved them."""
+        super().__setstate__(state)  # type: ignore[misc]
+        if hasattr(self, "_made"):
+            self.take_state()
+
+    def take_state(self) -> None:
+        """Make what state is missing, and copy what somebody put into ``self.state``."""
         for group in self.param_groups:
             self._init_group(group)
 
