@@ -18,8 +18,8 @@ def local(x: Tensor) -> Tensor:
 def local_gradient(p: Tensor) -> Tensor:
     """This rank's shard of ``p.grad``, laid out as ``p``.
 
-    A DTensor gradient that is placed otherwise (partial sums of sequence parallelism) is redistributed, which
-    communicates.
+    A DTensor gradient that is placed otherwise (partial sums of sequence parallelism, a vocabulary-parallel embedding's)
+    is redistributed first, in ``p.grad`` too; that may communicate.
 
     Raises:
         ValueError: for a sparse or complex gradient.
@@ -31,7 +31,7 @@ def local_gradient(p: Tensor) -> Tensor:
             f"a gradient of shape {tuple(g.shape)} is {'sparse' if g.is_sparse else 'complex'}; make it a dense real tensor."
         )
     if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements:
-        g = g.redistribute(p.device_mesh, p.placements)
+        g = p.grad = g.redistribute(p.device_mesh, p.placements)
     return local(g)
 
 

@@ -59,6 +59,13 @@ class ElementwiseStep(ShardedStep):
                     fresh = spec.allocate(layout, 1, dtype=shard.dtype, device=shard.device)[0]
                     state[name] = as_state(fresh, p, spec) if spec.dims == "*" else fresh
 
+    def take_state(self) -> None:
+        """As in the base class."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].update({k: v.clone() for k, v in self.state[p].items() if isinstance(v, Tensor)})
+        super().take_state()
+
     def _update(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Rule:
         names = self.specs(group)
         states = {name: [local(self.state[p][name]) for p in params] for name in names}

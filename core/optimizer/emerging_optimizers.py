@@ -20,7 +20,7 @@ from .adam import Adam, AdamW
 from .chained import ChainedOptimizer
 from .muon import TensorParallelAdaptiveMuon, TensorParallelMuon
 from .optimizer_config import OptimizerConfig, ParamKey, ParamPredicate, unknown
-from .routing import Overrides, param_groups, route
+from .routing import Overrides, check_settings, param_groups, route
 from .sgd import SGD
 
 __all__ = [
@@ -236,6 +236,7 @@ def get_optimizer(
     for name in dict.fromkeys(r.optimizer for r in routed):
         mine = param_groups([r for r in routed if r.optimizer == name])
         optimizer, init_state = _create_emerging_optimizer(config, mine, name, model_chunks, groups)
+        check_settings(name, optimizer)
         init_state(optimizer, config)
         members[name] = optimizer
     return ChainedOptimizer(members, groups)

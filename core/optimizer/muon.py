@@ -267,8 +267,7 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; ``beta2`` and ``eps`` may differ by group."""
-        for name, value in self._adaptive.items():
-            param_group.setdefault(name, value)
+        self.defaults.update(self._adaptive)
         super().add_param_group(param_group)
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection
-from .optimizer_config import OptimizerConfig, ParamKey
+from .optimizer_config import OptimizerConfig, ParamKey, unknown
 
 Overrides = Mapping[ParamKey, Mapping[str, Any]]
 
@@ -62,6 +63,23 @@ def param_groups(routed: Sequence[Routed]) -> list[dict[str, Any]]:
     for r in routed:
         by_settings.setdefault(r.settings, []).append((r.name, r.param))
     return [{"params": params, **dict(settings)} for settings, params in by_settings.items()]
+
+
+SETTINGS = ("lr", "min_lr", "lr_mult", "wd_mult", "weight_decay", "start_wd", "end_wd")
+"""Keys that any parameter group may have: schedules and Megatron's scheduler read them."""
+
+
+def check_settings(name: str, optimizer: Optimizer) -> None:
+    """Refuse group settings that the optimizer called ``name`` would ignore.
+
+    Raises:
+        ValueError: names the setting, the first parameter it was meant for, and what is possible.
+    """
+    possible = (*optimizer.defaults, *SETTINGS)
+    for group in optimizer.param_groups:
+        for setting in group:
+            if setting not in (*possible, "params", "param_names"):
+                raise ValueError(f"{group['param_names'][0]}: {unknown(f'setting of {name}', setting, possible)}")
 
 
 def _named_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
