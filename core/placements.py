@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .layout import Layout, Split
-from .process_groups_config import Axis, ProcessGroupCollection
+from .process_groups_config import Axis, ProcessGroupCollection, world_size
 from .ranges import Ranges, repeat
 
 
@@ -60,6 +60,11 @@ def _from_attributes(p: Tensor, groups: ProcessGroupCollection, name: str) -> La
     expert = "expt_" if getattr(p, "expert_tp", False) else ""
     tp, dp = groups.axis(f"{expert}tp"), groups.axis(f"{expert}dp")
     dim = getattr(p, "partition_dim", -1)
+    if dim >= 0 and tp.group is None and getattr(p, "tensor_model_parallel", False) and dp.size < world_size():
+        raise ValueError(
+            f"{name}: a parameter of shape {tuple(p.shape)} says that it is tensor-parallel, but no tensor-parallel group was "
+            f"given; pass pg_collection=ProcessGroupCollection({expert}tp=…), or its single-rank group."
+        )
     if dim < 0 or tp.size == 1 or not getattr(p, "tensor_model_parallel", True):
         return Layout(tuple(p.shape), (None,) * p.ndim, copies=(tp, dp))
     if dim >= p.ndim:

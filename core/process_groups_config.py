@@ -124,6 +124,11 @@ class ProcessGroupCollection:
         return values
 
 
+def world_size() -> int:
+    """Number of processes; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def _join(axes: tuple[Axis, ...]) -> Domain:
     names = tuple(axis.name for axis in axes)
     if not axes:
