@@ -244,6 +244,16 @@ def test_a_vector_is_refused():
         TensorParallelMuon([torch.nn.Parameter(torch.ones(7))])
 
 
+@pytest.mark.parametrize("name", ["muon", "adaptive_muon", "adamw", "sgd"])
+def test_16_bit_parameters_are_updated_in_float32(name):
+    whole = CUTS[2]["rows"]
+    low, single = (unsharded(name, replace(whole, dtype=dtype), 3) for dtype in (torch.bfloat16, torch.float32))
+    for a, b in zip(low, single, strict=True):
+        assert a.dtype == torch.bfloat16
+        # The gradients are rounded too, which AdaMuon's division amplifies.
+        assert float((a.float() - b).norm() / b.norm()) < 0.1
+
+
 def digest(weights: list[Tensor]) -> str:
     return hashlib.sha256(b"".join(w.contiguous().numpy().tobytes() for w in weights)).hexdigest()
 

@@ -16,8 +16,8 @@ from ..state import StateSpec
 STACK_BYTES = {"cpu": 2**18}
 """Largest stack of gradients by device: on CPU small matrices gain from sharing a call, large ones fall out of the cache."""
 
-RuleFunction = Callable[[Tensor, Tensor, Any, Layout, Mapping[str, Any]], Rule | Tensor | None]
-"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); returns what to subtract, times lr, or None when done."""
+RuleFunction = Callable[[Tensor, Tensor, Any, Layout, Mapping[str, Any]], Rule]
+"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); its result is what to subtract, times lr."""
 
 
 def bucket_size(p: Tensor) -> int:
@@ -73,7 +73,7 @@ class Bucket:
                             f"{tuple(view.shape)} here; load a state of the same optimizer and layout, or reshard it first."
                         )
                     view.copy_(shard.reshape(view.shape))
-                state[p][name] = as_state(view, p, self.specs[name])
+                state[p][name] = as_state(view, p, self.specs[name], self.layout)
 
     def update(self, rule: RuleFunction, apply: Callable[[Tensor, Tensor], None], group: Mapping[str, Any]) -> Rule:
         """A rule for the engine: step the parameters that have a gradient, leave the others and their state alone."""
@@ -90,23 +90,23 @@ class Bucket:
         params = [local(self.params[i]) for i in rows]
         gradients = [local_gradient(self.params[i]) for i in rows]
         single = len(rows) == 1
-        p = params[0].unsqueeze(0) if single else torch.stack(params)
-        g = gradients[0].unsqueeze(0) if single else torch.stack(gradients)
+        # Rules compute in float32 at least, whatever the parameters are stored in.
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        p = (params[0].unsqueeze(0) if single else torch.stack(params)).to(dtype)
+        g = (gradients[0].unsqueeze(0) if single else torch.stack(gradients)).to(dtype)
         state = SimpleNamespace(
             **{name: stack[rows[0] : rows[0] + 1] if single else stack for name, stack in self.stacks.items()}
         )
-        asked = rule(p, g, state, self.layout, group)
-        result = (yield asked) if hasattr(asked, "send") else asked
-        if result is not None:
-            for target, update in zip(params, result, strict=True):
-                apply(target, update)
-        elif not single:
-            torch._foreach_copy_(params, list(p.unbind()))
+        for target, update in zip(params, (yield rule(p, g, state, self.layout, group)), strict=True):
+            apply(target, update)
 
 
-def as_state(view: Tensor, p: Tensor, spec: StateSpec) -> Tensor:
-    """``view`` as users see it: a DTensor that shares its memory when the parameter is one, so that torch can reshard it."""
-    if not isinstance(p, DTensor):
+def as_state(view: Tensor, p: Tensor, spec: StateSpec, layout: Layout) -> Tensor:
+    """``view`` as users see it: a DTensor that shares its memory when the parameter is one, so that torch can reshard it.
+
+    What belongs to this rank's block alone (a statistic in ``blockwise`` mode) has no place in the whole and stays plain.
+    """
+    if not isinstance(p, DTensor) or (spec.dims != "*" and layout.shape != p.shape):
         return view
     placements: list[Placement] = []
     for placement in p.placements:

@@ -57,7 +57,7 @@ class ElementwiseStep(ShardedStep):
                 if present is None:
                     layout = layout or self.layout(p)
                     fresh = spec.allocate(layout, 1, dtype=shard.dtype, device=shard.device)[0]
-                    state[name] = as_state(fresh, p, spec) if spec.dims == "*" else fresh
+                    state[name] = as_state(fresh, p, spec, layout) if spec.dims == "*" else fresh
 
     def take_state(self) -> None:
         """As in the base class."""
@@ -69,6 +69,12 @@ class ElementwiseStep(ShardedStep):
     def _update(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Rule:
         names = self.specs(group)
         states = {name: [local(self.state[p][name]) for p in params] for name in names}
-        self.update_([local(p) for p in params], [local_gradient(p) for p in params], states, group)
+        shards, grads = [local(p) for p in params], [local_gradient(p) for p in params]
+        dtype = torch.promote_types(shards[0].dtype, torch.float32)
+        # 16-bit parameters are updated in float32, as their state is kept, and rounded to nearest.
+        wide = [shard.to(dtype) for shard in shards]
+        self.update_(wide, [g.to(dtype) for g in grads], states, group)
+        if dtype != shards[0].dtype:
+            torch._foreach_copy_(shards, wide)
         return
         yield  # a rule that asks for nothing
