@@ -1,0 +1,156 @@
+"""What a checkpoint is made of: a run's tensors under global names, and the settings of its optimizer."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..layout import Layout
+from ..placements import layout_of, local
+from ..process_groups_config import ProcessGroupCollection
+from .boxes import Boxes
+
+MODEL = "model."
+STATE = "optimizer.state."
+_BLOCK = "/shard_"  # parameter names have no slash
+_PEAK_LR = ("initial_lr", "max_lr")
+"""What schedulers compute ``lr`` from."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that one optimizer treats alike.
+
+    Attributes:
+        optimizer: Name of the optimizer's class.
+        settings: The group's, and the optimizer's own, as JSON knows them.
+        parameters: Names.
+    """
+
+    optimizer: str
+    settings: dict[str, Any]
+    parameters: list[str]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What this rank holds.
+
+    Attributes:
+        tensors: Key → shard, to save or to load into. Keys are ``model.<name>``, ``optimizer.state.<slot>.<name>``, and
+            ``optimizer.state.<slot>.<name>/shard_<i>_of_<n>`` for state that belongs to one of several blocks of it.
+        groups: One for each parameter group.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, model_chunks: Sequence[nn.Module], optimizer: Optimizer | None, pgs: ProcessGroupCollection
+    ) -> "Contents":
+        """Parameters, persistent buffers and optimizer state of this rank.
+
+        Raises:
+            ValueError: when a name is taken twice, a parameter of the optimizer has none, or the optimizer does not say
+                how its state is laid out.
+        """
+        contents = cls()
+        names: dict[Tensor, str] = {}
+        for name, x in _named_tensors(model_chunks):
+            if x in names:
+                continue  # shared by two chunks
+            if f"{MODEL}{name}" in contents.tensors:
+                raise ValueError(
+                    f"two model chunks have different tensors called {name!r}; names must be global (decoder.layers.7…, "
+                    f"not numbered from 0 in every chunk)."
+                )
+            names[x] = name
+            contents.tensors[f"{MODEL}{name}"] = Boxes(local(x), layout_of(x, pgs, name=name))
+        for member in _members(optimizer):
+            for group in member.param_groups:
+                contents._add(member, group, names, pgs)
+        return contents
+
+    def _add(self, member: Any, group: dict[str, Any], names: dict[Tensor, str], pgs: ProcessGroupCollection) -> None:
+        optimizer = type(member).__name__
+        if not hasattr(member, "state_layouts"):
+            raise ValueError(
+                f"{optimizer} does not say how its state is laid out (state_layouts); save its state_dict yourself, or use an "
+                f"optimizer of this package."
+            )
+        member._init_group(group)
+        for p in group["params"]:
+            if p not in names:
+                raise ValueError(
+                    f"{optimizer} has a parameter of shape {tuple(p.shape)} that is in none of the {len(names)} "
+                    f"named tensors of model_chunks; pass the modules that the optimizer was built from."
+                )
+            for slot, layout in member.state_layouts(p, group).items():
+                value = local(member.state[p][slot])
+                key = f"{STATE}{slot}.{names[p]}"
+                if layout is None:
+                    key += _block(layout_of(p, pgs, name=names[p]))
+                    layout = Layout.whole(value.shape)
+                self.tensors[key] = Boxes(value, layout)
+        self.groups.append(Group(optimizer, _settings(member, group), [names[p] for p in group["params"]]))
+
+
+def process_groups(given: Any, optimizer: Optimizer | None) -> ProcessGroupCollection:
+    """``given``, or else the groups that the optimizer was built with."""
+    sources = (given, *(getattr(x, "pg_collection", None) for x in (optimizer, *_members(optimizer))))
+    return next((ProcessGroupCollection.from_any(pgs) for pgs in sources if pgs is not None), ProcessGroupCollection())
+
+
+def base_of(key: str) -> tuple[str, int]:
+    """The key without the part that numbers a block, and the number of blocks; 0 for what is saved whole."""
+    base, _, block = key.partition(_BLOCK)
+    return base, int(block.rpartition("_")[2]) if block else 0
+
+
+def parameter_of(key: str) -> str:
+    """Name of the parameter that a key of optimizer state belongs to."""
+    return base_of(key)[0].removeprefix(STATE).partition(".")[2]
+
+
+def _named_tensors(model_chunks: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for chunk in model_chunks:
+        persistent = chunk.state_dict(keep_vars=True)
+        yield from chunk.named_parameters()
+        yield from ((name, x) for name, x in chunk.named_buffers() if name in persistent)
+
+
+def _members(optimizer: Optimizer | None) -> Sequence[Any]:
+    if optimizer is None:
+        return ()
+    members: Sequence[Any] = getattr(optimizer, "optimizers", (optimizer,))
+    return members
+
+
+def _block(layout: Layout) -> str:
+    """Ends the key of state that belongs to this rank's block of a parameter; nothing when that is the whole."""
+    index = 0
+    for axis in layout.axes:
+        index = index * axis.size + axis.index
+    return f"{_BLOCK}{index}_of_{prod(axis.size for axis in layout.axes)}" if layout.axes else ""
+
+
+def _settings(member: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of the settings; functions and process groups are not settings."""
+    given = {k: v for k, v in vars(member).items() if not k.startswith("_")} | group
+    if peak := [given[k] for k in _PEAK_LR if k in given]:
+        given["lr"] = peak[0]  # not the one of the moment
+    skip = {"params", "param_names", *_PEAK_LR}
+    plain = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in given.items() if k not in skip}
+    settings: dict[str, Any] = json.loads(json.dumps({k: v for k, v in plain.items() if _is_plain(v)}))
+    return settings
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

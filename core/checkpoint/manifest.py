@@ -1,0 +1,110 @@
+"""What a checkpoint says of itself: ``shardstep.json`` beside the tensors."""
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .contents import Group
+from .ranks import CheckpointError
+
+NAME = "shardstep.json"
+FORMAT = 1
+"""Raised when a reader of the number before could not read what is written."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of a checkpoint that is not a tensor.
+
+    Attributes:
+        step: Finished steps.
+        consumed_samples: Position in the data.
+        layout: Name of a mesh axis → its size.
+        ranks: For each rank, its index on each axis of ``layout``.
+        optimizers: Names of the optimizers' classes.
+        groups: Their settings and parameters, those of all pipeline stages together.
+        schedule: State of the learning-rate schedule, as given.
+        extra: Whatever else was given.
+        files: Name → bytes of every other file.
+        versions: Of the packages that wrote it.
+        format: See ``FORMAT``.
+    """
+
+    step: int
+    consumed_samples: int
+    layout: dict[str, int]
+    ranks: list[list[int]]
+    optimizers: list[str]
+    groups: list[Group]
+    schedule: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: {"python": platform.python_version(), **_packages()})
+    format: int = FORMAT
+
+    def text(self) -> str:
+        """JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> "Manifest":
+        """Inverse of :meth:`text`.
+
+        Raises:
+            CheckpointError: when ``text`` is of a newer format, or is no manifest; names ``where``.
+        """
+        try:
+            given = json.loads(text)
+            written = int(given["format"])
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{where} is damaged: it is not the JSON that a save writes; load an older step."
+            ) from None
+        if written > FORMAT:
+            raise CheckpointError(
+                f"{where} has format {written}, but this version of shardstep reads formats up to {FORMAT}; it was written by "
+                f"{given.get('versions', 'a newer one')}. Update shardstep."
+            )
+        try:
+            known = {f.name: given[f.name] for f in fields(cls)}
+            return cls(**{**known, "groups": [Group(**group) for group in known["groups"]]})
+        except (KeyError, TypeError) as missing:
+            raise CheckpointError(f"{where} is damaged: {missing} is missing or wrong; load an older step.") from None
+
+
+def merge_groups(groups: Iterable[Group]) -> list[Group]:
+    """The groups of all ranks: those of equal settings as one, with each parameter once."""
+    merged: dict[str, Group] = {}
+    for group in groups:
+        same = merged.setdefault(
+            json.dumps([group.optimizer, group.settings], sort_keys=True), Group(group.optimizer, group.settings, [])
+        )
+        same.parameters.extend(group.parameters)
+    return [Group(g.optimizer, g.settings, list(dict.fromkeys(g.parameters))) for g in merged.values()]
+
+
+def json_copy(name: str, value: Any) -> Any:
+    """What a manifest gives back for ``value``.
+
+    Raises:
+        ValueError: when JSON cannot hold it.
+    """
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot be saved: {error}. A checkpoint holds no Python objects; give numbers, text, lists and dicts."
+        ) from None
+
+
+def _packages() -> dict[str, str]:
+    try:
+        own = version("shardstep")
+    except PackageNotFoundError:
+        own = "from source"
+    return {"torch": torch.__version__, "shardstep": own}

@@ -1,0 +1,361 @@
+"""What does not fit is refused before anything is touched, in words that say what to do."""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem
+from torch.optim.lr_scheduler import LambdaLR
+
+from core.checkpoint import CheckpointError, latest_step, load, save
+from core.checkpoint.boxes import Boxes, cut
+from core.checkpoint.directory import TRACKER
+from core.checkpoint.manifest import FORMAT, NAME
+from core.layout import Layout, Split
+from core.optimizer.adam import AdamW
+from core.optimizer.sgd import SGD
+from core.process_groups_config import Axis
+from tests.test_checkpoint import CUTS, Run, read_plainly, shared
+
+
+def model(width: int = 4, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Linear(3, width, bias=bias), nn.Linear(width, 2)).to(dtype)
+
+
+def saved(folder: Path, step: int = 5, **kwargs: Any) -> tuple[nn.Module, AdamW]:
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=0.1, weight_decay=0.2)
+    save(folder, step=step, model_chunks=[net], optimizer=optimizer, **kwargs)
+    return net, optimizer
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "iter_0000005" / NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class Malice:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch stolen",)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no directory": (
+        lambda d: d.rename(d.with_name("else")),
+        "does not exist; give the directory that --save wrote to",
+    ),
+    "tracker is gone": (lambda d: (d / TRACKER).unlink(), "no save was ever completed"),
+    "tracker is empty": (lambda d: (d / TRACKER).write_text(""), "should hold the number of a step.*there are steps 5"),
+    "tracker is garbage": (lambda d: (d / TRACKER).write_bytes(b"\xff\0"), "should hold the number of a step"),
+    "step is gone": (lambda d: (d / TRACKER).write_text("7"), "no checkpoint of step 7 in .*; there are steps 5"),
+    "no manifest": (lambda d: (d / "iter_0000005" / NAME).unlink(), "was not written by this package, or is damaged"),
+    "manifest is cut": (
+        lambda d: (d / "iter_0000005" / NAME).write_text('{"form'),
+        "it is not the JSON that a save writes",
+    ),
+    "manifest is a list": (
+        lambda d: (d / "iter_0000005" / NAME).write_text("[]"),
+        "it is not the JSON that a save writes",
+    ),
+    "manifest has no step": (lambda d: (d / "iter_0000005" / NAME).write_text('{"format": 1}'), "'step' is missing"),
+    "newer format": (lambda d: edit_manifest(d, format=FORMAT + 1), f"format {FORMAT + 1}, but .*Update shardstep"),
+    "file is cut": (
+        lambda d: os.truncate(d / "iter_0000005" / "__0_0.distcp", 100),
+        "__0_0.distcp has 100 bytes; .* were written",
+    ),
+    "file is gone": (
+        lambda d: (d / "iter_0000005" / "__0_0.distcp").unlink(),
+        "__0_0.distcp is missing; .* were written",
+    ),
+    "metadata is cut": (
+        lambda d: (edit_manifest(d, files={}), os.truncate(d / "iter_0000005" / ".metadata", 100)),
+        "metadata cannot be read .*load an older step",
+    ),
+    "metadata is a list": (
+        lambda d: (edit_manifest(d, files={}), (d / "iter_0000005" / ".metadata").write_bytes(pickle.dumps([]))),
+        "is not the metadata of a checkpoint",
+    ),
+    "metadata is malicious": (
+        lambda d: (edit_manifest(d, files={}), (d / "iter_0000005" / ".metadata").write_bytes(pickle.dumps(Malice()))),
+        "names posix.system, which no checkpoint needs.*Refused",
+    ),
+    "tensors are malicious": (
+        lambda d: (
+            edit_manifest(d, files={}),
+            (d / "iter_0000005" / "__0_0.distcp").write_bytes(pickle.dumps(Malice()) * 200),
+        ),
+        "is damaged: rank 0: UnpicklingError.*load an older step",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "run"
+    net, optimizer = saved(directory)
+    do, expected = DAMAGE[damage]
+    do(directory)
+    with pytest.raises(CheckpointError, match=re.compile(expected, re.DOTALL)):
+        load(directory, model_chunks=[net], optimizer=optimizer)
+    assert not Path("stolen").exists()
+
+
+def test_an_empty_directory_holds_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*: there is no latest_checkpointed_iteration.txt"):
+        load(tmp_path, model_chunks=[model()])
+    assert latest_step(tmp_path) is None
+    assert latest_step(tmp_path / "none") is None
+
+
+def test_a_file_holds_no_checkpoint(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="it is a file"):
+        load(tmp_path / "file", model_chunks=[model()])
+
+
+@pytest.mark.parametrize("path", ["file", "file/below"])
+def test_nothing_is_saved_to_a_file(tmp_path, path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="that is a file, or below one; give a directory"):
+        saved(tmp_path / path)
+
+
+def test_the_folder_of_one_checkpoint_is_not_the_directory(tmp_path):
+    net, _ = saved(tmp_path)
+    with pytest.raises(CheckpointError, match="is one checkpoint of several; give the directory above it"):
+        load(tmp_path / "iter_0000005", model_chunks=[net])
+
+
+def test_any_step_can_be_loaded(tmp_path):
+    for step in (5, 6):
+        net, optimizer = saved(tmp_path, step=step, consumed_samples=10 * step)
+    assert latest_step(tmp_path) == 6
+    assert load(tmp_path, model_chunks=[net], optimizer=optimizer).consumed_samples == 60
+    assert load(tmp_path, model_chunks=[net], optimizer=optimizer, step=5).consumed_samples == 50
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 4 in .*; there are steps 5, 6"):
+        load(tmp_path, model_chunks=[net], step=4)
+
+
+def test_what_was_given_comes_back(tmp_path):
+    net, optimizer = saved(tmp_path, schedule={"last_epoch": 5, "base_lrs": (0.1,)}, extra={"seed": 3})
+    loaded = load(tmp_path, model_chunks=[net], optimizer=optimizer)
+    assert (loaded.step, loaded.schedule, loaded.extra) == (5, {"last_epoch": 5, "base_lrs": [0.1]}, {"seed": 3})
+    assert loaded.path == tmp_path / "iter_0000005"
+    manifest = json.loads((loaded.path / NAME).read_text())
+    assert manifest["optimizers"] == ["AdamW"]
+    assert manifest["layout"] == {"pp": 1, "dp": 1, "tp": 1}
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+def test_python_objects_are_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="extra cannot be saved: Object of type Malice is not JSON serializable"):
+        saved(tmp_path, extra={"it": Malice()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(folder: Path, net: nn.Module, optimizer: Any) -> str:
+    """The error of loading into these, which must stay as they are."""
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(CheckpointError, match="does not fit this run; nothing was loaded") as error:
+        load(folder, model_chunks=[net], optimizer=optimizer)
+    assert all(torch.equal(p, x) for p, x in zip(net.parameters(), before, strict=True))
+    return str(error.value)
+
+
+def test_another_model_is_refused_with_one_table(tmp_path):
+    saved(tmp_path)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2, bias=False), nn.LayerNorm(2))
+    text = refused(tmp_path, net, AdamW(net.parameters()))
+    rows = [re.split("  +", line.strip()) for line in text.splitlines()]
+    assert ["model.0.weight", "float32 (4, 3)", "float32 (8, 3)"] in rows
+    assert ["model.1.bias", "float32 (2,)", "missing"] in rows
+    assert ["model.2.weight", "missing", "float32 (2,)"] in rows
+    assert ["optimizer.state.exp_avg.1.weight", "float32 (2, 4)", "float32 (2, 8)"] in rows
+    assert "Build the model that was saved" in text
+
+
+def test_a_long_table_is_cut(tmp_path):
+    saved(tmp_path)
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))
+    text = refused(tmp_path, net, None)
+    assert len(text.splitlines()) < 30
+    assert re.search(r"… and \d+ more", text)
+
+
+def test_another_dtype_is_refused(tmp_path):
+    saved(tmp_path)
+    assert re.search(
+        r"model.0.weight +float32 \(4, 3\) +bfloat16 \(4, 3\)", refused(tmp_path, model(dtype=torch.bfloat16), None)
+    )
+
+
+def test_an_object_in_place_of_a_tensor_is_refused(tmp_path):
+    net, _ = saved(tmp_path)
+    state = {key: x.detach() for key, x in net.state_dict(prefix="model.").items()} | {"model.0.bias": 1}
+    with pytest.warns(UserWarning, match=r"torch.distributed is disabled|existing checkpoint"):
+        dcp.save(state, checkpoint_id=tmp_path / "iter_0000005", no_dist=True)
+    edit_manifest(tmp_path, files={})
+    assert re.search(r"model.0.bias +a Python object +float32 \(4,\)", refused(tmp_path, net, None))
+
+
+def test_another_optimizer_is_refused_by_name_or_starts_fresh(tmp_path):
+    net, _ = saved(tmp_path)
+    other = model()
+    for p in other.parameters():
+        p.data.zero_()
+    sgd = SGD(other.parameters(), momentum=0.9)
+    text = refused(tmp_path, other, sgd)
+    assert re.search(r"optimizer of 0.weight and 3 more +AdamW +SGD", text)
+    assert "exp_avg" not in text
+    assert "load_optimizer=False" in text
+    loaded = load(tmp_path, model_chunks=[other], optimizer=sgd, load_optimizer=False)
+    assert not loaded.optimizer_loaded
+    assert "the optimizer starts with fresh state" in loaded.notes()
+    assert torch.equal(other[0].weight, net[0].weight)
+
+
+def test_state_that_was_not_saved_is_missing(tmp_path):
+    net = model()
+    save(tmp_path, step=5, model_chunks=[net], optimizer=SGD(net.parameters()))
+    text = refused(tmp_path, net, SGD(net.parameters(), momentum=0.9))
+    assert re.search(r"optimizer.state.momentum_buffer.0.bias +missing +float32 \(4,\)", text)
+
+
+def test_a_checkpoint_without_optimizer(tmp_path):
+    net = model()
+    save(tmp_path, step=5, model_chunks=[net])
+    assert re.search(r"optimizer of 0.weight and 3 more +none +AdamW", refused(tmp_path, net, AdamW(net.parameters())))
+    assert load(tmp_path, model_chunks=[net]).step == 5
+
+
+def test_settings_that_differ_are_told_and_the_new_ones_stay(tmp_path):
+    net = model()
+    optimizer = AdamW(net.parameters(), lr=0.1, weight_decay=0.2)
+    LambdaLR(optimizer, lambda step: 0.5)
+    save(tmp_path, step=5, model_chunks=[net], optimizer=optimizer)
+    same = AdamW(net.parameters(), lr=0.1, weight_decay=0.2)
+    assert load(tmp_path, model_chunks=[net], optimizer=same).differences == ()
+    changed = AdamW(
+        [{"params": net[0].parameters()}, {"params": net[1].parameters(), "weight_decay": 0.0}],
+        lr=0.3, betas=(0.8, 0.9), weight_decay=0.2,
+    )  # fmt: skip
+    loaded = load(tmp_path, model_chunks=[net], optimizer=changed)
+    found = {d.name: (d.saved, d.now, len(d.parameters)) for d in loaded.differences}
+    assert found == {
+        "AdamW.betas": ([0.9, 0.999], [0.8, 0.9], 4),
+        "AdamW.lr": (0.1, 0.3, 4),
+        "AdamW.weight_decay": (0.2, 0.0, 2),
+    }
+    assert "AdamW.weight_decay was 0.2 and is now 0.0 (2 parameters)" in loaded.notes()
+    assert [group["lr"] for group in changed.param_groups] == [0.3, 0.3]
+
+
+def test_names_must_be_global(tmp_path):
+    with pytest.raises(CheckpointError, match=r"two model chunks have different tensors called '0.weight'"):
+        save(tmp_path, step=1, model_chunks=[model(), model()])
+
+
+def test_a_parameter_without_a_name_is_refused(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"AdamW has a parameter of shape \(8, 3\) that is in none of the 4 named"
+    ):
+        save(tmp_path, step=1, model_chunks=[model()], optimizer=AdamW(model(8).parameters()))
+
+
+def test_an_optimizer_that_cannot_say_its_layout_is_refused(tmp_path):
+    net = model()
+    with pytest.raises(CheckpointError, match="Adagrad does not say how its state is laid out"):
+        save(tmp_path, step=1, model_chunks=[net], optimizer=torch.optim.Adagrad(net.parameters()))
+
+
+def test_boxes():
+    axis = Axis("tp", (0, 1), 1)
+    shard = torch.arange(24.0).view(4, 6)
+    layout = Layout((8, 12), (Split.even(axis, 8, stride=2), Split.even(axis, 12)))
+    boxes = cut(shard, layout)
+    assert {tuple(at): tuple(x.shape) for at, x in boxes.items()} == {(2, 6): (2, 6), (6, 6): (2, 6)}
+    assert torch.equal(boxes[torch.Size((6, 6))], shard[2:])
+    assert boxes[torch.Size((6, 6))].data_ptr() == shard[2:].data_ptr()
+    assert list(cut(torch.tensor(3.0), Layout.whole(()))) == [torch.Size(())]
+    assert cut(torch.empty(0, 3), Layout((2, 3), (Split(axis, (((0, 2),), ())), None))) == {}
+    with pytest.raises(ValueError, match=r"shape \(3, 6\) was given for \(8, 12\).*check partition_dim"):
+        Boxes(shard[:3], layout)
+    with pytest.raises(NotImplementedError, match="compute with the shard itself"):
+        Boxes(shard, layout) + 1
+
+
+def test_a_tensor_without_entries_is_saved(tmp_path):
+    net = nn.ParameterDict({"none": nn.Parameter(torch.empty(0, 3)), "one": nn.Parameter(torch.ones(()))})
+    path = save(tmp_path, step=1, model_chunks=[net])
+    read: dict[str, Tensor] = read_plainly(path, {"model.none": torch.empty(0, 3), "model.one": torch.zeros(())})
+    assert read["model.one"] == 1
+    load(tmp_path, model_chunks=[net])
+
+
+BLOCKWISE = {"optimizer": "adaptive_muon", "muon_tp_mode": "blockwise", "adaptive_muon_moment2_method": "normuon"}
+
+
+@pytest.mark.mpi(min_size=2)
+def test_state_of_a_block_loads_at_its_tensor_parallel_size_only(world, tmp_path):
+    folder = shared(tmp_path)
+    run = Run(world, CUTS[2]["tp2"], BLOCKWISE)
+    torch.manual_seed(world.rank)
+    for key, x in run.shards.items():
+        if key.startswith("optimizer.state.moment2_buffer"):
+            x.normal_()
+    save(folder, step=1, model_chunks=run.chunks, optimizer=run.optimizer)
+    again = Run(world, CUTS[2]["tp2"], BLOCKWISE)
+    load(folder, model_chunks=again.chunks, optimizer=again.optimizer)
+    cut_here = [key for key in run.shards if "moment2_buffer" in key and "adapter" not in key]
+    assert cut_here and all(torch.equal(again.shards[key], run.shards[key]) for key in cut_here)
+    for other in (
+        Run(world, CUTS[2]["copies"], BLOCKWISE),
+        Run(world, CUTS[2]["tp2"], BLOCKWISE | {"muon_tp_mode": "owner"}),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"moment2_buffer.layers.0.qkv.weight +2 blocks, one a rank +whole"
+        ) as error:
+            load(folder, model_chunks=other.chunks, optimizer=other.optimizer)
+        assert "loads at the tensor-parallel size that saved it" in str(error.value)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_all_ranks_refuse_what_one_finds(world, tmp_path):
+    folder = shared(tmp_path)
+    run = Run(world, CUTS[2]["pp2"], {"optimizer": "adamw"})
+    save(folder, step=1, model_chunks=run.chunks, optimizer=run.optimizer)
+    if world.rank == 1:
+        run.chunks[0].register_buffer("late", torch.zeros(3))
+    with pytest.raises(CheckpointError, match=r"model.late +missing +float32 \(3,\)"):
+        load(folder, model_chunks=run.chunks, optimizer=run.optimizer)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(world, tmp_path, monkeypatch):
+    folder = shared(tmp_path)
+    run = Run(world, CUTS[2]["tp2"], {"optimizer": "adamw"})
+    save(folder, step=1, model_chunks=run.chunks, optimizer=run.optimizer)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if world.rank == 1:
+        monkeypatch.setattr(filesystem, "_write_item", full)
+    with pytest.raises(
+        CheckpointError, match=r"rank 1: OSError: .*No space left on device. Earlier checkpoints are as they were"
+    ):
+        save(folder, step=2, model_chunks=run.chunks, optimizer=run.optimizer)
+    monkeypatch.undo()
+    assert load(folder, model_chunks=run.chunks, optimizer=run.optimizer).step == 1
+    torch.distributed.barrier()
+    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000001", TRACKER]
