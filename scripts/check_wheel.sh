@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Builds the wheel and takes an optimizer step with it, outside the checkout, in an environment that has the wheel's own
+# files and, through a path file, the packages of .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=$PWD/.venv/bin/python
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+# From a copy: setuptools would build inside the checkout, and take up what an earlier build left there.
+mkdir "$folder/source"
+cp -R core setup.py pyproject.toml README.md LICENSE "$folder/source"
+"$python" -m pip wheel --quiet --no-deps --no-index --no-build-isolation --wheel-dir "$folder" "$folder/source"
+
+"$python" -m venv --without-pip "$folder/env"
+packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+"$python" -c "$packages" >"$("$folder/env/bin/python" -c "$packages")/dependencies.pth"
+# Not with --no-deps: what the wheel asks for must be there.
+"$python" -m pip --python "$folder/env/bin/python" install --quiet --no-index "$folder"/*.whl
+
+cp tests/wheel_smoke.py "$folder"
+cd "$folder"
+env/bin/python -I wheel_smoke.py
