@@ -48,35 +48,33 @@ def _all_to_all(moves: Sequence[Move], blocks: Blocks) -> list[Pieces]:
         for move in moves:
             at = _pack(send, at, move, blocks(move.src, move.dst, me, peer))
     dist.all_to_all_single(recv, send, recv_sizes, send_sizes, group=domain.group)
-    received: list[Pieces] = [[] for _ in moves]
-    at = 0
-    for peer in peers:
-        for move, pieces in zip(moves, received, strict=True):
-            for block in blocks(move.src, move.dst, peer, me):
-                size = _numel(move, (block,))
-                pieces.append((block, recv[at : at + size]))
-                at += size
-    return received
+    return _received(moves, blocks, recv.split(recv_sizes))
 
 
 def _all_gather(moves: Sequence[Move], blocks: Blocks) -> list[Pieces]:
-    """The same for targets that want the same everywhere: every rank sends each of its pieces once, padded to the longest."""
+    """The same for targets that want the same everywhere: a rank sends each of its pieces once, padded to the longest."""
     domain, like = moves[0].src.domain, _like(moves)
     me, peers = domain.index, range(domain.size)
     # Every rank wants the same, so what a peer would send to me is what it sends to all.
-    sizes = [sum(_numel(move, blocks(move.src, move.dst, peer, me)) for move in moves) for peer in peers]
-    send, recv = like.new_empty(max(sizes)), like.new_empty(domain.size * max(sizes))
+    longest = max(sum(_numel(move, blocks(move.src, move.dst, peer, me)) for move in moves) for peer in peers)
+    send, recv = like.new_empty(longest), like.new_empty(domain.size * longest)
     at = 0
     for move in moves:
         at = _pack(send, at, move, blocks(move.src, move.dst, me, me))
     dist.all_gather_single(recv, send, group=domain.group)
+    return _received(moves, blocks, recv.split(longest))
+
+
+def _received(moves: Sequence[Move], blocks: Blocks, buffers: Sequence[Tensor]) -> list[Pieces]:
+    """What each move got, out of the buffer of each sender."""
+    me = moves[0].src.domain.index
     received: list[Pieces] = [[] for _ in moves]
-    for peer in peers:
-        at = peer * max(sizes)
+    for peer, buffer in enumerate(buffers):
+        at = 0
         for move, pieces in zip(moves, received, strict=True):
             for block in blocks(move.src, move.dst, peer, me):
                 size = _numel(move, (block,))
-                pieces.append((block, recv[at : at + size]))
+                pieces.append((block, buffer[at : at + size]))
                 at += size
     return received
 

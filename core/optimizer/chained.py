@@ -46,6 +46,7 @@ class ChainedOptimizer(Optimizer):
     def __init__(self, optimizers: dict[str, Optimizer], pg_collection: ProcessGroupCollection) -> None:
         self.members = optimizers
         self.pg_collection = pg_collection
+        self._entries: tuple[tuple[int, ...], list[Entry]] = ((), [])
         groups = [group for member in optimizers.values() for group in member.param_groups]
         super().__init__(groups, {})
         for member in optimizers.values():
@@ -78,11 +79,15 @@ class ChainedOptimizer(Optimizer):
 
     def entries(self) -> list[Entry]:
         """Name, parameter and layout of every parameter of this rank."""
-        return [
-            (name, p, layout_of(p, self.pg_collection, name=name))
+        named = [
+            (name, p)
             for group in self.param_groups
             for name, p in zip(group.get("param_names", ["?"] * len(group["params"])), group["params"], strict=True)
         ]
+        key = tuple(id(p) for _, p in named)
+        if key != self._entries[0]:
+            self._entries = key, [(name, p, layout_of(p, self.pg_collection, name=name)) for name, p in named]
+        return self._entries[1]
 
     def assignments(self) -> list[Assignment]:
         """What happens to each parameter of this rank, for tables."""
