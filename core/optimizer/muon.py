@@ -93,6 +93,8 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         self.pg_collection = pg_collection
         self.scale_mode = scale_mode
         self.extra_scale_factor = extra_scale_factor
+        self.coefficient_type = coefficient_type
+        self.num_ns_steps = num_ns_steps
         self._coefs = coefficients(coefficient_type, num_ns_steps)
         # By name, not super(): in AdaptiveMuon's MRO the next class takes other arguments.
         OrthogonalizedOptimizer.__init__(

@@ -1,0 +1,203 @@
+"""The flags of the main job, under Megatron's names, from the command line and from a YAML file.
+
+`Arguments` is the one list of them: the field ``muon_tp_mode`` is the flag ``--muon-tp-mode`` and a key of the YAML
+file. Values from either place go through the same checks. The command line wins over the file, the file over the
+defaults.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from core.optimizer.emerging_optimizers import get_supported_coefficient_types, list_optimizers
+from core.schedule import DECAY_STYLES, WSD_DECAY_STYLES
+
+from .flags import NOT_NEGATIVE, POSITIVE, SHARE, Flag, count, number, switch, text, words
+from .model import NORMALIZATIONS
+from .parallel import SCHEDULES
+from .usage import UsageError, nearest
+from .yaml_file import read_yaml
+
+TP_MODES = ("blockwise", "duplicated", "distributed", "owner")
+SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
+
+
+def _coefficient_sets() -> list[str]:
+    """All but ``custom``: no flag holds the numbers that it needs."""
+    return [name for name in get_supported_coefficient_types() if name != "custom"]
+
+
+BETAS = "one number a flag: --adam-beta1 0.9 --adam-beta2 0.95"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All that the main job is told. Field names are Megatron's."""
+
+    # the optimizer
+    optimizer: str = text("muon", "rule of the matrices; the rest goes to adamw", list_optimizers)
+    lr: float = number(2e-3, "peak learning rate", POSITIVE, hint="write it like 3e-4 or 0.0003")
+    min_lr: float = number(0.0, "learning rate at the end of the decay", NOT_NEGATIVE, hint="at most --lr")
+    weight_decay: float = number(0.01, "decoupled weight decay", NOT_NEGATIVE, hint="0 means none")
+    adam_beta1: float = number(0.9, "Adam's first beta", SHARE, hint=BETAS)
+    adam_beta2: float = number(0.95, "Adam's second beta", SHARE, hint=BETAS)
+    adam_eps: float = number(1e-8, "Adam's epsilon", POSITIVE, hint="1e-8 is usual")
+    sgd_momentum: float = number(0.9, "momentum of sgd", SHARE, hint="0.9 is usual")
+    muon_momentum: float = number(0.95, "Muon's momentum", SHARE, hint="0.95 is usual")
+    muon_tp_mode: str = text("owner", "how a sharded matrix comes together", TP_MODES)
+    muon_coefficient_type: str = text("quintic", "Newton-Schulz coefficients", _coefficient_sets)
+    muon_num_ns_steps: int = count(5, "Newton-Schulz iterations", at_most=20)
+    muon_scale_mode: str = text("spectral", "scale of the update", SCALE_MODES)
+    muon_split_qkv: bool = switch(True, "orthogonalize query, key and value of each group apart")
+    muon_nesterov: bool = switch(False, "Nesterov momentum")
+    muon_extra_scale_factor: float = number(1.0, "factor on Muon's update", POSITIVE, hint="leave it out for 1")
+    muon_fp32_matmul_prec: str = text("medium", "fp32, tf32 or bf16 in Newton-Schulz", ("highest", "high", "medium"))
+    adaptive_muon_moment2_method: str = text(
+        "adamuon", "second moment of adaptive_muon", ("adamuon", "normuon", "namo")
+    )
+    adaptive_muon_beta2: float = number(0.95, "decay of that second moment", SHARE, hint="0.95 is usual")
+    adaptive_muon_eps: float = number(1e-8, "epsilon of that second moment", POSITIVE, hint="1e-8 is usual")
+    clip_grad: float = number(1.0, "largest global gradient norm; 0: no clipping", NOT_NEGATIVE, hint="1 is usual")
+    param_override: tuple[str, ...] = words("rules NAME_PATTERN=OPTIMIZER or NAME_PATTERN=key:value,...")
+
+    # the schedule
+    train_iters: int = count(200, "steps of the whole run")
+    lr_decay_style: str = text("cosine", "schedule of the learning rate", DECAY_STYLES)
+    lr_warmup_iters: int = count(0, "steps of linear warm-up", at_least=0)
+    lr_decay_iters: int | None = count(None, "step at which the decay ends (default: --train-iters)")
+    lr_wsd_decay_iters: int | None = count(None, "length of WSD's last part (default: a fifth of what follows warm-up)")
+    lr_wsd_decay_style: str = text("exponential", "shape of WSD's last part", WSD_DECAY_STYLES)
+
+    # the model
+    num_layers: int = count(4, "transformer layers")
+    hidden_size: int = count(128, "width of the model")
+    num_attention_heads: int = count(4, "query heads")
+    num_query_groups: int | None = count(None, "key/value heads (default: as many as query heads)")
+    kv_channels: int | None = count(None, "width of a head (default: hidden size / heads)")
+    ffn_hidden_size: int | None = count(None, "width of the MLP (default: 4 x hidden size, 8/3 x with --swiglu)")
+    normalization: str = text("LayerNorm", "norm before attention and MLP", NORMALIZATIONS)
+    swiglu: bool = switch(False, "gated MLP")
+    split_gate_up: bool = switch(True, "orthogonalize gate and value of a gated MLP apart")
+    untie_embeddings_and_output_weights: bool = switch(False, "give the output layer a weight of its own")
+
+    # the batches
+    seq_length: int = count(128, "tokens a sequence")
+    micro_batch_size: int = count(4, "sequences a micro-batch")
+    global_batch_size: int = count(16, "sequences a step, over all data-parallel ranks")
+    data_path: tuple[str, ...] = words("text files, or one Megatron .bin/.idx prefix (default: Python's own texts)")
+    seed: int = count(1234, "seed of weights and data order", at_least=0)
+    eval_interval: int = count(50, "steps between validations; 0: never", at_least=0)
+    eval_iters: int = count(4, "batches a validation")
+
+    # the layout; what remains of the processes is data-parallel
+    tensor_model_parallel_size: int = count(1, "ranks that share every layer")
+    pipeline_model_parallel_size: int = count(1, "ranks that share the stack of layers")
+    num_layers_per_virtual_pipeline_stage: int | None = count(
+        None, "layers a model chunk; makes the schedule interleaved"
+    )
+    pipeline_schedule: str | None = text(None, "default: 1f1b, or interleaved", SCHEDULES)
+    distributed_backend: str | None = text(None, "default: nccl where there is a GPU", ("gloo", "nccl"))
+    bf16: bool = switch(False, "matrix products in bfloat16, parameters in fp32")
+    fp16: bool = switch(False, "refused: there is no loss scaler")
+    use_triton: bool = switch(False, "refused: there are no Triton kernels yet")
+
+    # files
+    save: str | None = text(None, "directory to write checkpoints to")
+    load: str | None = text(None, "directory to resume from, on any layout")
+    save_interval: int | None = count(None, "steps between checkpoints (default: only at the end)")
+    ckpt_format: str = text("torch_dist", "format of checkpoints", ("torch_dist",))
+    log_dir: str | None = text(None, "directory of log.csv and log.jsonl")
+    log_interval: int = count(1, "steps between logged lines")
+    config: str | None = text(None, "YAML file of these flags, with underscores; the command line wins")
+
+
+FLAGS: dict[str, Flag] = {field.name: field.metadata["flag"] for field in dataclasses.fields(Arguments)}
+
+
+def flag_of(name: str) -> str:
+    """``muon_tp_mode`` -> ``--muon-tp-mode``."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Read the command line (default: this process's) and the YAML file it names.
+
+    Raises:
+        UsageError: an unknown flag or key, or a value that the flag alone already rules out.
+    """
+    given = vars(_parser().parse_args(_join_numbers(sys.argv[1:] if argv is None else argv)))
+    values: dict[str, Any] = {}
+    if "config" in given:
+        path = FLAGS["config"].convert(given["config"], "--config")
+        for key, raw in read_yaml(Path(path)).items():
+            source = f"{key} in {path}"
+            if key not in FLAGS or key == "config":
+                hint = nearest(key, FLAGS) or "keys are flag names with underscores"
+                raise UsageError(source, None, "unknown key", hint=hint)
+            values[key] = FLAGS[key].convert(raw, source)
+    values |= {name: FLAGS[name].convert(raw, flag_of(name)) for name, raw in given.items()}
+    return Arguments(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong line is a `UsageError` and not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            problem = "is an unknown flag" if word.startswith("-") else "belongs to no flag"
+            raise UsageError(word, None, problem, hint=nearest(word, known) or "see --help")
+        flag, _, problem = message.removeprefix("argument ").rpartition(": ")
+        raise UsageError(flag or "command line", None, problem, hint="see --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m tools.pretrain", allow_abbrev=False, description="Train a GPT on any TP x PP x DP layout."
+    )
+    defaults = Arguments()
+    for name, flag in FLAGS.items():
+        option, default = flag_of(name), getattr(defaults, name)
+        about = flag.help + (f" (default: {default})" if default not in (None, ()) else "")
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        if flag.kind is bool:
+            off = ["--no-" + option[2:]]
+            if option.startswith("--muon-"):
+                off.append(option.replace("--muon-", "--muon-no-"))
+            parser.add_argument(option, action="store_const", const=True, help=about, **common)
+            parser.add_argument(*off, action="store_const", const=False, help="the opposite", **common)
+            continue
+        # Flags of one value take many here too: `Flag.convert` says more clearly what is wrong with that.
+        action = "extend" if flag.many else "store"
+        parser.add_argument(option, nargs="+", action=action, metavar="VALUE", help=about.replace("%", "%%"), **common)
+    return parser
+
+
+def _join_numbers(argv: Sequence[str]) -> list[str]:
+    """``--lr -1e-3`` -> ``--lr=-1e-3``: argparse takes -1e-3 and -inf for flags."""
+    joined: list[str] = []
+    for word in argv:
+        if (
+            word.startswith("-")
+            and joined
+            and joined[-1].startswith("--")
+            and "=" not in joined[-1]
+            and _is_number(word)
+        ):
+            joined[-1] += "=" + word
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

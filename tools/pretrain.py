@@ -1,0 +1,192 @@
+"""The main job: pretrain a GPT on text with any optimizer of the registry, on any TP x PP x DP layout.
+
+``python -m tools.pretrain`` trains in one process, ``torchrun --nproc-per-node N -m tools.pretrain ...`` in N. See
+``--help`` for the flags and ``configs/`` for whole jobs.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from core.checkpoint import CheckpointError
+from core.optimizer.clip import NonFiniteGradientError
+from core.process_groups_config import ProcessGroupCollection
+
+from . import resume
+from .arguments import Arguments, parse_arguments
+from .data import Corpus, load_corpus, split_samples
+from .launch import Launch, Machine
+from .parallel import Engine, build_mesh
+from .report import Progress, Record, RunLog, startup_table
+from .rules import build_optimizer, check_rules, make_scheduler
+from .usage import UsageError, refuse
+from .validation import Plan, check_device, gpt_config, validate
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; exits with 2 and one line when something that was given does not fit."""
+    launch = Launch()
+    try:
+        launch = Launch.from_environ(os.environ)
+        args = parse_arguments(argv)
+        plan = validate(args, launch, Machine.here())
+        corpus = load_corpus(args.data_path)
+        check_rules(args, gpt_config(args, corpus.padded_vocab_size()))
+        with process_group(args, launch, plan) as mesh:
+            Job(args, plan, corpus, mesh, launch).run()
+    except (UsageError, CheckpointError) as error:
+        refuse(error, rank=launch.rank)
+
+
+@contextmanager
+def process_group(args: Arguments, launch: Launch, plan: Plan) -> Iterator[DeviceMesh | None]:
+    """The mesh of all ranks while the job runs; None for one process, which needs no torch.distributed."""
+    if plan.device_type == "cuda":
+        torch.cuda.set_device(launch.local_rank)
+    if launch.world_size == 1:
+        yield None
+        return
+    dist.init_process_group(plan.backend, rank=launch.rank, world_size=launch.world_size)
+    yield build_mesh(
+        plan.device_type,
+        pp=args.pipeline_model_parallel_size,
+        dp=plan.data_parallel,
+        tp=args.tensor_model_parallel_size,
+    )
+    # Not after an error: the others may wait in a collective, and what went wrong is to be seen first.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Job:
+    """One rank of a training run.
+
+    Args:
+        mesh: None for one process.
+
+    Attributes:
+        done: Finished steps.
+        consumed: Sequences used for them, over all ranks; the position in the data.
+
+    Raises:
+        UsageError: The flags do not fit the model, or the text is too short.
+        CheckpointError: ``--load`` names no checkpoint that fits.
+    """
+
+    def __init__(self, args: Arguments, plan: Plan, corpus: Corpus, mesh: DeviceMesh | None, launch: Launch) -> None:
+        self.args, self.plan, self.corpus = args, plan, corpus
+        self.first = launch.rank == 0
+        self.train, self.valid = split_samples(corpus, seq_length=args.seq_length, seed=args.seed)
+        self.engine = Engine(
+            gpt_config(args, corpus.padded_vocab_size()),
+            mesh,
+            device=torch.device(plan.device_type, launch.local_rank) if plan.device_type == "cuda" else "cpu",
+            seed=args.seed,
+            micro_batches=plan.micro_batches,
+            schedule=plan.schedule,
+            layers_per_virtual_stage=args.num_layers_per_virtual_pipeline_stage,
+            autocast=torch.bfloat16 if args.bf16 else None,
+            split_gate_up=args.split_gate_up,
+        )
+        check_device(self.engine.device.type, plan.backend)
+        groups = ProcessGroupCollection.from_mesh(mesh) if mesh else ProcessGroupCollection()
+        self.optimizer = build_optimizer(args, self.engine.model_chunks, groups)
+        self._describe()
+        start = resume.load(args, corpus, self.engine.model_chunks, self.optimizer)
+        self.done, self.consumed = start.done, start.consumed
+        self._say(*start.notes)
+        self.scheduler = make_scheduler(args, self.optimizer, self.done)
+
+    def run(self) -> None:
+        """Train to ``--train-iters``.
+
+        Raises:
+            NonFiniteGradientError: A gradient is NaN or infinite; weights and state are those of the step before.
+            CheckpointError: A checkpoint cannot be written; those before it stay.
+        """
+        args = self.args
+        if self.done >= args.train_iters:
+            self._say(f"nothing to train: step {self.done} of --train-iters {args.train_iters} is done")
+        log = RunLog(Path(args.log_dir) if args.log_dir and self.first else None, self.done)
+        tokens = args.global_batch_size * args.seq_length
+        progress = Progress(args.train_iters, self.done, tokens, enabled=self.first)
+        while self.done < args.train_iters:
+            lr = float(self.scheduler.get_last_lr()[0])
+            loss, norm = self._step()
+            progress.tick(self.done)
+            validates = self._is_due(args.eval_interval)
+            if validates or self._is_due(args.log_interval):
+                speed = progress.speed()
+                row = Record(self.done, self.consumed, loss, lr, norm, speed, self._validate() if validates else None)
+                progress.show(row)
+                log.write(row)
+            if args.save and self._is_due(args.save_interval or args.train_iters):
+                path = resume.save(
+                    args, self.corpus, self.engine.model_chunks, self.optimizer, self.done, self.consumed
+                )
+                progress.say(f"saved {path}")
+        progress.close()
+
+    def _step(self) -> tuple[float, float]:
+        """One step; the loss before it and the gradient norm before clipping."""
+        batch = self.train.batch(self.consumed, self.args.global_batch_size)
+        loss = self.engine.train_step(batch)
+        try:
+            norm = self.optimizer.clip_grad_norm_(self.args.clip_grad)
+        except NonFiniteGradientError as error:
+            error.add_note(f"in step {self.done + 1}, with loss {loss}")
+            raise
+        self.optimizer.step()
+        self.scheduler.step()
+        self.done += 1
+        self.consumed += self.args.global_batch_size
+        return loss, norm
+
+    def _validate(self) -> float:
+        """Mean loss of the same ``--eval-iters`` batches every time."""
+        size = self.args.global_batch_size
+        losses = [self.engine.eval_step(self.valid.batch(i * size, size)) for i in range(self.args.eval_iters)]
+        return sum(losses) / len(losses)
+
+    def _is_due(self, interval: int) -> bool:
+        """Whether something that happens every ``interval`` steps and after the last one happens now; 0: never."""
+        return interval > 0 and (self.done % interval == 0 or self.done == self.args.train_iters)
+
+    def _say(self, *lines: str) -> None:
+        for line in lines if self.first else ():
+            print(line, flush=True)
+
+    def _describe(self) -> None:
+        """Print the job and the start-up table."""
+        assignments = gather(self.optimizer.assignments())
+        args, plan, corpus = self.args, self.plan, self.corpus
+        weights = sum(math.prod(shape) for shape in {a.name: a.shape for a in assignments}.values())
+        self._say(
+            f"text: {corpus.source}: {len(corpus.tokens):,} tokens, {len(self.train):,} training sequences",
+            f"layout: tensor {args.tensor_model_parallel_size} x pipeline {args.pipeline_model_parallel_size} "
+            f"({plan.schedule}) x data {plan.data_parallel}, {plan.micro_batches} micro-batches of "
+            f"{args.micro_batch_size} sequences, {plan.backend}",
+            f"model: {weights:,} weights",
+            f"\n{startup_table(assignments)}\n",
+        )
+
+
+def gather[T](mine: list[T]) -> list[T]:
+    """The lists of all ranks, joined in the order of ranks."""
+    if not dist.is_initialized():
+        return mine
+    lists: list[list[T] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, mine)
+    return [item for items in lists for item in items or []]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Checkpoints of the main job: what is written beside the tensors, and what changed when a run is resumed."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from core import checkpoint
+from core.optimizer.chained import ChainedOptimizer
+
+from .arguments import Arguments, flag_of
+from .data import Corpus
+
+# Where files lie and what is told has no part in the training; of the layout the checkpoint speaks itself.
+_UNSAID = {
+    *("save", "load", "save_interval", "log_dir", "log_interval", "config", "eval_interval", "eval_iters"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Args:
+        done: Finished steps.
+        consumed: Position in the data.
+        notes: Lines for the user.
+    """
+
+    done: int = 0
+    consumed: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def save(
+    args: Arguments,
+    corpus: Corpus,
+    model_chunks: Sequence[nn.Module],
+    optimizer: ChainedOptimizer,
+    done: int,
+    consumed: int,
+) -> Path:
+    """Write a checkpoint under ``--save``; all ranks call it.
+
+    The schedule is a function of the step and of the flags, which are saved with it.
+
+    Raises:
+        CheckpointError: It cannot be written; those before it stay.
+    """
+    assert args.save is not None
+    flags = dataclasses.asdict(args)
+    return checkpoint.save(
+        args.save,
+        step=done,
+        consumed_samples=consumed,
+        model_chunks=model_chunks,
+        optimizer=optimizer,
+        schedule={name: value for name, value in flags.items() if name.startswith("lr_")},
+        extra={"flags": flags, "text": corpus.digest},
+    )
+
+
+def load(args: Arguments, corpus: Corpus, model_chunks: Sequence[nn.Module], optimizer: ChainedOptimizer) -> Start:
+    """Load the newest checkpoint of ``--load`` into model and optimizer; all ranks call it.
+
+    Weights, state, step and data position are the checkpoint's, settings those of the command line. Where ``--load`` and
+    ``--save`` are one directory without a checkpoint, the run begins at 0: it is the first of a job that restarts itself.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it does not fit.
+    """
+    if args.load is None:
+        return Start()
+    if args.load == args.save and checkpoint.latest_step(args.load) is None:
+        return Start(notes=(f"no checkpoint in {args.load} yet: starting at step 0",))
+    loaded = checkpoint.load(args.load, model_chunks=model_chunks, optimizer=optimizer)
+    changed = changed_flags(loaded.extra.get("flags", {}), args)
+    notes = [*loaded.notes(), *changed]
+    if changed or loaded.differences:
+        notes.append("the command line wins over the checkpoint")
+    if loaded.extra.get("text") != corpus.digest:
+        notes.append("the text is not the one that was saved: the position in the data counts in the new one")
+    return Start(loaded.step, loaded.consumed_samples, tuple(notes))
+
+
+def changed_flags(saved: Mapping[str, Any], args: Arguments) -> list[str]:
+    """A line for each flag that is not what it was and that has a part in the training."""
+    now = json.loads(json.dumps(dataclasses.asdict(args)))
+    return [
+        f"{flag_of(name)} was {saved[name]} and is now {value}"
+        for name, value in now.items()
+        if name not in _UNSAID and name in saved and saved[name] != value
+    ]

@@ -1,0 +1,162 @@
+"""Checks that need more than one flag, the launch, or the machine; all before a process group or a model exists."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .arguments import Arguments
+from .launch import Launch, Machine
+from .model import GPTConfig
+from .parallel import check_layout
+from .usage import UsageError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the flags, the number of processes and the machine.
+
+    Args:
+        data_parallel: Ranks that hold the same shard.
+        micro_batches: Micro-batches a step on each rank.
+        schedule: Order of the pipeline's work.
+        backend: ``gloo`` or ``nccl``.
+    """
+
+    data_parallel: int
+    micro_batches: int
+    schedule: str
+    backend: str
+
+    @property
+    def device_type(self) -> str:
+        """Where parameters live."""
+        return "cuda" if self.backend == "nccl" else "cpu"
+
+
+def validate(args: Arguments, launch: Launch, machine: Machine) -> Plan:
+    """Check the flags against each other, the launch and the machine; makes the directories that rank 0 writes to.
+
+    Raises:
+        UsageError: For the first thing that does not fit.
+    """
+    backend = _check_machine(args, launch, machine)
+    _check_schedule(args)
+    plan = _check_layout(args, launch, backend)
+    launch.check_port()
+    if launch.rank == 0:
+        _check_writable("--save", args.save)
+        _check_writable("--log-dir", args.log_dir)
+    return plan
+
+
+def gpt_config(args: Arguments, vocab_size: int) -> GPTConfig:
+    """The model that the flags describe.
+
+    Raises:
+        UsageError: The sizes do not fit each other.
+    """
+    return GPTConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        vocab_size=vocab_size,
+        seq_length=args.seq_length,
+        num_query_groups=args.num_query_groups or 0,
+        kv_channels=args.kv_channels or 0,
+        ffn_hidden_size=args.ffn_hidden_size or 0,
+        swiglu=args.swiglu,
+        normalization=args.normalization,
+        untie_embeddings_and_output_weights=args.untie_embeddings_and_output_weights,
+    )
+
+
+def check_device(device_type: str, backend: str) -> None:
+    """Raises UsageError where tensors on ``device_type`` (``cuda``, ``cpu``) cannot go through ``backend``."""
+    flag = "--distributed-backend"
+    if (device_type, backend) == ("cuda", "gloo"):
+        raise UsageError(flag, backend, "the model is on a GPU", possible="nccl", hint="or keep the model on the CPU")
+    if (device_type, backend) == ("cpu", "nccl"):
+        raise UsageError(flag, backend, "the model is on the CPU", possible="gloo", hint="or move the model to a GPU")
+
+
+def _check_machine(args: Arguments, launch: Launch, machine: Machine) -> str:
+    if args.fp16:
+        problem = "there is no loss scaler, and without one small gradients vanish"
+        raise UsageError("--fp16", None, problem, possible="--bf16, or neither for fp32", hint="use --bf16")
+    if args.use_triton and not machine.gpus:
+        problem = "Triton kernels run on a GPU, and torch sees none"
+        raise UsageError("--use-triton", None, problem, hint="leave it out: torch's own kernels serve the CPU")
+    if args.use_triton:
+        raise UsageError("--use-triton", None, "there are no Triton kernels in this version", hint="leave it out")
+
+    backend = args.distributed_backend or ("nccl" if machine.gpus else "gloo")
+    if backend == "gloo":
+        return backend
+    flag = "--distributed-backend"
+    if not machine.gpus:
+        raise UsageError(
+            flag, backend, "it moves GPU tensors, and torch sees no GPU", possible="gloo", hint="leave it out"
+        )
+    if launch.local_size > machine.gpus:
+        problem = f"each of the {launch.local_size} processes of this host needs a GPU, and it has {machine.gpus}"
+        hint = f"torchrun --nproc-per-node {machine.gpus}, or --distributed-backend gloo to train on the CPU"
+        raise UsageError(flag, backend, problem, possible=f"at most {machine.gpus} processes a host", hint=hint)
+    if args.bf16 and machine.capability is not None and machine.capability < (8, 0):
+        problem = "this GPU has no bfloat16 arithmetic: its compute capability is {}.{}".format(*machine.capability)
+        raise UsageError("--bf16", None, problem, possible="compute capability >= 8.0", hint="leave it out to use fp32")
+    return backend
+
+
+def _check_schedule(args: Arguments) -> None:
+    total, warmup = args.lr_decay_iters or args.train_iters, args.lr_warmup_iters
+    if args.min_lr > args.lr:
+        raise UsageError("--min-lr", args.min_lr, f"is above --lr {args.lr}", possible=f"0 to {args.lr}")
+    if warmup >= total:
+        name = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
+        raise UsageError("--lr-warmup-iters", warmup, f"leaves nothing of {name} {total}", possible=f"0 to {total - 1}")
+    if args.lr_wsd_decay_iters and args.lr_wsd_decay_iters > total - warmup:
+        problem = f"the warm-up leaves only {total - warmup} steps"
+        raise UsageError("--lr-wsd-decay-iters", args.lr_wsd_decay_iters, problem, possible=f"1 to {total - warmup}")
+    if args.save_interval and not args.save:
+        raise UsageError("--save-interval", args.save_interval, "there is nowhere to save", hint="add --save DIRECTORY")
+
+
+def _check_writable(flag: str, directory: str | None) -> None:
+    if directory is None:
+        return
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(
+            flag,
+            directory,
+            f"cannot be written to: {error.strerror}",
+            possible="a directory that is yours, or a new one",
+            hint="give another one",
+        ) from None
+
+
+def _check_layout(args: Arguments, launch: Launch, backend: str) -> Plan:
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    chunk = args.num_layers_per_virtual_pipeline_stage
+    # Where tp x pp does not divide the processes, check_layout says so below, whatever the batch.
+    data_parallel = max(1, launch.world_size // (tp * pp))
+    batch, each = args.global_batch_size, args.micro_batch_size * data_parallel
+    if launch.world_size % (tp * pp) == 0 and batch % each:
+        problem = (
+            f"is not a multiple of --micro-batch-size {args.micro_batch_size} x data-parallel size {data_parallel}"
+        )
+        raise UsageError("--global-batch-size", batch, problem, possible=f"multiples of {each}")
+    plan = Plan(data_parallel, batch // each, args.pipeline_schedule or ("interleaved" if chunk else "1f1b"), backend)
+    check_layout(
+        gpt_config(args, vocab_size=tp),  # the text decides on the real size; it is made a multiple of tp
+        world_size=launch.world_size,
+        tp=tp,
+        pp=pp,
+        micro_batches=plan.micro_batches,
+        schedule=plan.schedule,
+        layers_per_virtual_stage=chunk,
+    )
+    return plan
