@@ -281,3 +281,22 @@ def test_blockwise_is_the_rule_of_the_blocks(world, cut, name):
     wanted = train_cut(name, whole_parameters(whole.shapes), shard, replace(whole, attributes=attributes), 5)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.filterwarnings("ignore")
+def test_megatron_cores_own_process_groups_serve(world):
+    """Its collection, its attributes, its optimizer as the reference: one process, and two of them in ours."""
+    module = pytest.importorskip("megatron.core.process_groups_config")
+    theirs = pytest.importorskip("megatron.core.optimizer.emerging_optimizers")
+    groups = module.ProcessGroupCollection()
+    groups.tp = groups.expt_tp = world.mesh((2,), ("tp",)).get_group("tp")
+    groups.gtp_remat = groups.expt_gtp_remat = None
+    weights = []
+    for optimizer in (TensorParallelMuon, theirs.TensorParallelMuon):
+        p = torch.nn.Parameter(whole_gradient(0, 7, (32, 48)).float().chunk(2, 1)[world.rank].contiguous())
+        p.tensor_model_parallel, p.partition_dim, p.partition_stride = True, 1, 1
+        p.grad = whole_gradient(0, 8, (32, 48)).float().chunk(2, 1)[world.rank].contiguous()
+        optimizer([p], lr=0.1, pg_collection=groups, tp_mode="duplicated", fp32_matmul_prec="highest").step()
+        weights.append(p.detach())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
