@@ -134,11 +134,9 @@ class Layout:
         """Root mean square of ``x`` over ``dims`` of the whole tensor."""
         return replace(self.mean(x.square(), *dims), finish=lambda s: (s / self._count(dims)).sqrt())
 
-    def gram(self, x: Tensor, contract: int) -> "Reduce":
-        """``X X^T`` for ``contract`` -1, ``X^T X`` for -2, whole on every rank; the other dim must not be split."""
-        assert self.splits[-3 - contract] is None
-        a = x @ x.mT if contract == -1 else x.mT @ x
-        return Reduce(a, "sum", self._groups((contract,)))
+    def across(self, x: Tensor, *dims: int) -> "Reduce":
+        """Sum over the ranks that split ``dims`` of what each computed from its shard; (B, ...), the same shape on all."""
+        return Reduce(x, "sum", self._groups(dims))
 
     # Parts of a fused weight, each a matrix of its own.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from core import engine
 from core.layout import Layout
 from core.linalg.newton_schulz import coefficients, newton_schulz
+from core.linalg.symmetric import symmetric_product
 from core.optimizer.emerging_optimizers import (
     TensorParallelAdaptiveMuon,
     TensorParallelMuon,
@@ -300,3 +301,13 @@ def test_megatron_cores_own_process_groups_serve(world):
         optimizer([p], lr=0.1, pg_collection=groups, tp_mode="duplicated", fp32_matmul_prec="highest").step()
         weights.append(p.detach())
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [511, 512, 515, 1023])
+def test_symmetric_products_are_products(m):
+    x = torch.randn(1, m, 40, generator=torch.Generator().manual_seed(m))
+    gram = x @ x.mT
+    torch.testing.assert_close(symmetric_product(x, x.mT, alpha=0.5), 0.5 * gram, rtol=1e-4, atol=1e-4)
+    wanted = 2.0 * gram - 0.5 * gram @ gram
+    got = symmetric_product(gram, gram, gram, beta=2.0, alpha=-0.5)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from .precision import matmul_precision
+from .symmetric import symmetric_product
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -63,8 +64,9 @@ def newton_schulz(
     inv = wide.new_ones(())
     for first, steps in _groups(coefs):
         with arithmetic():
-            request = lay.gram(wide, long)
-        r = yield request
+            wide_first = wide if long == -1 else wide.mT
+            gram = symmetric_product(wide_first, wide_first.mT)
+        r = yield lay.across(gram, long)
         if first:
             # The trace of the Gram matrix is the squared Frobenius norm.
             inv = r.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].sqrt().clamp_min(EPS).reciprocal()
@@ -100,8 +102,8 @@ def _classic(x: Tensor, coefs: Coefficients, scale: float) -> Tensor:
 
 def _step(x: Tensor, abc: tuple[float, float, float], inv: float, scale: float) -> Tensor:
     a, b, c = abc
-    gram = torch.baddbmm(x.new_empty(1), x, x.mT, beta=0, alpha=inv * inv)
-    poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    gram = symmetric_product(x, x.mT, alpha=inv * inv)
+    poly = symmetric_product(gram, gram, gram, beta=b, alpha=c)
     return torch.baddbmm(x, poly, x, beta=a * inv * scale, alpha=inv * scale)
 
 
@@ -116,14 +118,14 @@ def _gram_polynomial(r: Tensor, coefs: Coefficients) -> Tensor:
     """Q with Q X = the iterations ``coefs`` applied to X, for R = X X^T. All factors are polynomials in R and commute."""
     q: Tensor | None = None
     for i, (a, b, c) in enumerate(coefs):
-        z = torch.baddbmm(r, r, r, beta=b, alpha=c)
+        z = symmetric_product(r, r, r, beta=b, alpha=c)
         if q is None:
             q = z.clone()
             q.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
-            q = torch.baddbmm(q, q, z, beta=a)
+            q = symmetric_product(q, z, q, beta=a)
         if i < len(coefs) - 1:
-            rz = torch.baddbmm(r, r, z, beta=a)
-            r = torch.baddbmm(rz, rz, z, beta=a)
+            rz = symmetric_product(r, z, r, beta=a)
+            r = symmetric_product(rz, z, rz, beta=a)
     assert q is not None
     return q
