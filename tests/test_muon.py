@@ -14,7 +14,7 @@ from torch import Tensor
 from core import engine
 from core.layout import Layout
 from core.linalg.newton_schulz import coefficients, newton_schulz
-from core.linalg.symmetric import symmetric_product
+from core.linalg.products import product, symmetric_product
 from core.optimizer.emerging_optimizers import (
     TensorParallelAdaptiveMuon,
     TensorParallelMuon,
@@ -310,4 +310,17 @@ def test_symmetric_products_are_products(m):
     torch.testing.assert_close(symmetric_product(x, x.mT, alpha=0.5), 0.5 * gram, rtol=1e-4, atol=1e-4)
     wanted = 2.0 * gram - 0.5 * gram @ gram
     got = symmetric_product(gram, gram, gram, beta=2.0, alpha=-0.5)
+    torch.testing.assert_close(product(gram, x, x, beta=2.0), 2.0 * x + gram @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("shape", [(40, 64), (520, 64), (64, 520), (520, 530)])
+def test_a_stacked_matrix_gives_the_bits_of_a_single_one(shape, precision):
+    """A shard may be small enough to share a bucket while the whole matrix is not."""
+    x = torch.stack([whole_gradient(i, 6, shape) for i in range(3)])
+    x = x.bfloat16() if precision == "medium" else x.float()
+    rule = newton_schulz(x, Layout.whole(shape), coefs=coefficients("quintic", 5), precision=precision)
+    (stack,) = engine.run([("x", rule)])
+    for one, alone in zip(stack, x, strict=True):
+        assert torch.equal(one, run(alone, coefficients("quintic", 5), precision))

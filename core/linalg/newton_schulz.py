@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from .precision import matmul_precision
-from .symmetric import symmetric_product
+from .products import is_large, product, symmetric_product
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -55,10 +55,14 @@ def newton_schulz(
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
     long = lay.long_dim
+    if lay.is_whole and len(x) > 1 and is_large(x if long == -1 else x.mT):
+        alone = [newton_schulz(one, lay, coefs=coefs, precision=precision, scale=scale) for one in x.split(1)]
+        return torch.cat((yield alone))
     arithmetic = partial(matmul_precision, precision, x.device)
     if lay.is_whole and (x.dtype == torch.bfloat16 or max(lay.shape) < 1.25 * min(lay.shape)):
         with arithmetic():
-            return _classic(x, coefs, scale) if long == -1 else _classic(x.mT, coefs, scale).mT
+            # A transposed view would be read against the grain in every product; baddbmm takes ten times as long on it.
+            return _classic(x, coefs, scale) if long == -1 else _classic(x.mT.contiguous(), coefs, scale).mT
     # Never a bfloat16 Gram: its rounding is multiplied by a^2 in every iteration and overflows.
     wide = x if x.dtype == torch.float64 else x.float()
     inv = wide.new_ones(())
@@ -104,7 +108,7 @@ def _step(x: Tensor, abc: tuple[float, float, float], inv: float, scale: float) 
     a, b, c = abc
     gram = symmetric_product(x, x.mT, alpha=inv * inv)
     poly = symmetric_product(gram, gram, gram, beta=b, alpha=c)
-    return torch.baddbmm(x, poly, x, beta=a * inv * scale, alpha=inv * scale)
+    return product(poly, x, x, beta=a * inv * scale, alpha=inv * scale)
 
 
 def _groups(coefs: Coefficients) -> list[tuple[bool, Coefficients]]:
