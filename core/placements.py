@@ -15,21 +15,24 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def check_gradient(p: Tensor) -> None:
+    """Raise ValueError for a gradient that no rule can use: sparse or complex."""
+    g = p.grad
+    if g is not None and (g.is_sparse or g.is_complex()):
+        kind = "sparse" if g.is_sparse else "complex"
+        raise ValueError(
+            f"a gradient of shape {tuple(g.shape)} is {kind}; nothing was changed. Make it a dense real tensor."
+        )
+
+
 def local_gradient(p: Tensor) -> Tensor:
     """This rank's shard of ``p.grad``, laid out as ``p``.
 
     A DTensor gradient that is placed otherwise (partial sums of sequence parallelism, a vocabulary-parallel embedding's)
     is redistributed first, in ``p.grad`` too; that may communicate.
-
-    Raises:
-        ValueError: for a sparse or complex gradient.
     """
     g = p.grad
     assert g is not None
-    if g.is_sparse or g.is_complex():
-        raise ValueError(
-            f"a gradient of shape {tuple(g.shape)} is {'sparse' if g.is_sparse else 'complex'}; make it a dense real tensor."
-        )
     if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements:
         g = p.grad = g.redistribute(p.device_mesh, p.placements)
     return local(g)
@@ -57,10 +60,15 @@ def layout_of(
 
 
 def _from_attributes(p: Tensor, groups: ProcessGroupCollection, name: str) -> Layout:
-    expert = "expt_" if getattr(p, "expert_tp", False) else ""
+    expert = "expt_" if getattr(p, "expert_tp", False) or not getattr(p, "allreduce", True) else ""
     tp, dp = groups.axis(f"{expert}tp"), groups.axis(f"{expert}dp")
     dim = getattr(p, "partition_dim", -1)
-    if dim >= 0 and tp.group is None and getattr(p, "tensor_model_parallel", False) and dp.size < world_size():
+    if (
+        dim >= 0
+        and tp.group is None
+        and getattr(p, "tensor_model_parallel", False)
+        and dp.size * groups.axis("pp").size < world_size()
+    ):
         raise ValueError(
             f"{name}: a parameter of shape {tuple(p.shape)} says that it is tensor-parallel, but no tensor-parallel group was "
             f"given; pass pg_collection=ProcessGroupCollection({expert}tp=…), or its single-rank group."
@@ -74,7 +82,13 @@ def _from_attributes(p: Tensor, groups: ProcessGroupCollection, name: str) -> La
     stride = getattr(p, "partition_stride", 1)
     size = p.shape[dim] * tp.size
     splits = tuple(Split.even(tp, size, stride=stride) if d == dim else None for d in range(p.ndim))
-    return Layout(tuple(size if d == dim else n for d, n in enumerate(p.shape)), splits, copies=(dp,))
+    layout = Layout(tuple(size if d == dim else n for d, n in enumerate(p.shape)), splits, copies=(dp,))
+    if layout.local_shape != tuple(p.shape):
+        raise ValueError(
+            f"{name}: {p.shape[dim]} rows or columns here cannot be {stride} pieces (partition_stride) of a dim that is cut over "
+            f"{tp.size} ranks; pad the dim, or correct partition_stride."
+        )
+    return layout
 
 
 def _from_dtensor(p: DTensor, groups: ProcessGroupCollection, name: str) -> Layout:
@@ -93,8 +107,9 @@ def _from_dtensor(p: DTensor, groups: ProcessGroupCollection, name: str) -> Layo
                 f"{name}: a DTensor of shape {tuple(p.shape)} with placements {p.placements} has no layout here; "
                 f"Replicate and one Shard per tensor dim are possible. Shard another dim over mesh axis {names[i]!r}."
             )
-    if "dp" not in names:
-        copies.append(groups.axis("dp"))
+    dp = groups.axis("dp")
+    if dp.ranks not in [Axis.of(axis_name, mesh.get_group(i)).ranks for i, axis_name in enumerate(names)]:
+        copies.append(dp)
     return Layout(tuple(p.shape), tuple(splits), tuple(copies))
 
 

@@ -43,12 +43,14 @@ class Domain:
 
     Attributes:
         axes: Names of the axes that it joins.
+        ranks: Global ranks of ``group``, in group order.
         coords: For each rank of ``group``, in group order, its index on each axis.
         index: This rank's position in ``group``.
         group: Joint process group; None stands for a single rank.
     """
 
     axes: tuple[str, ...]
+    ranks: tuple[int, ...]
     coords: tuple[tuple[int, ...], ...]
     index: int
     group: ProcessGroup | None = field(default=None, compare=False)
@@ -132,15 +134,16 @@ def world_size() -> int:
 def _join(axes: tuple[Axis, ...]) -> Domain:
     names = tuple(axis.name for axis in axes)
     if not axes:
-        return Domain(names, ((),), 0)
+        return Domain(names, (0,), ((),), 0)
     if len(axes) == 1:
         (axis,) = axes
-        return Domain(names, tuple((i,) for i in range(axis.size)), axis.index, axis.group)
+        return Domain(names, axis.ranks, tuple((i,) for i in range(axis.size)), axis.index, axis.group)
     first, last = _join(axes[:-1]), axes[-1]
     # A rank knows only its own line along the last axis; its neighbours on the other axes know the parallel ones.
     lines: list[Any] = [None] * first.size
     dist.all_gather_object(lines, last.ranks, group=first.group)
-    group = dist.new_group(sorted(rank for line in lines for rank in line), use_local_synchronization=True)
+    ranks = sorted(rank for line in lines for rank in line)
+    group = dist.new_group(ranks, use_local_synchronization=True)
     coords: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(coords, tuple(axis.index for axis in axes), group=group)
-    return Domain(names, tuple(coords), dist.get_rank(group), group)
+    return Domain(names, tuple(ranks), tuple(coords), dist.get_rank(group), group)

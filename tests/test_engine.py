@@ -91,6 +91,6 @@ def test_ranks_that_differ_are_named(world):
 
 
 def test_the_dearest_matrices_are_dealt_first():
-    domain = Domain(("tp",), ((0,), (1,)), 0, group="not used")  # type: ignore[arg-type]
+    domain = Domain(("tp",), (0, 1), ((0,), (1,)), 0, group="not used")  # type: ignore[arg-type]
     owners = engine._deal([Deal(domain, 3, 1.0), Deal(domain, 1, 3.0)])
     assert owners == [[1, 1, 1], [0]]

@@ -23,12 +23,20 @@ def matmul_precision(fp32_matmul_prec: str, device: torch.device) -> Iterator[No
 
     On CPU float32 products stay float32: the flag only picks the library that is faster (:func:`_fast_cpu_setting`).
     """
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "torch.backends.*.fp32_precision was set, which hides torch.get_float32_matmul_precision; set the precision by "
+            "torch.set_float32_matmul_precision instead."
+        ) from error
     # "medium" means bfloat16 matrices; the few float32 products beside them may use tf32, which is more exact.
     wanted = "high" if fp32_matmul_prec == "medium" else fp32_matmul_prec
     torch.set_float32_matmul_precision(_fast_cpu_setting() if device.type == "cpu" else wanted)
     try:
-        yield
+        # A step inside autocast must not be rounded by it.
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +21,11 @@ RuleFunction = Callable[[Tensor, Tensor, Any, Layout, Mapping[str, Any]], Rule]
 """``rule(p, g, state, layout, group)`` on stacks (B, *shard); its result is what to subtract, times lr."""
 
 
-def bucket_size(p: Tensor) -> int:
-    """How many parameters like this shard one bucket may hold."""
+def bucket_size(p: Tensor, layout: Layout) -> int:
+    """How many parameters like this one a bucket may hold: the same on every rank, also where shards are uneven."""
     limit = STACK_BYTES.get(p.device.type, 2**26)
-    return max(1, limit // max(1, p.numel() * p.element_size()))
+    largest = prod(layout.shape) // prod(axis.size for axis in layout.axes)
+    return max(1, limit // max(1, largest * p.element_size()))
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Bucket:
                     shard = local(present)
                     if shard.data_ptr() == view.data_ptr() and shard.shape == view.shape and shard.dtype == view.dtype:
                         continue
-                    if shard.numel() != view.numel():
+                    if shard.shape != view.shape and (shard.numel(), view.numel()) != (1, 1):
                         raise ValueError(
                             f"{self.label}: state {name!r} has shape {tuple(shard.shape)} but this optimizer keeps "
                             f"{tuple(view.shape)} here; load a state of the same optimizer and layout, or reshard it first."

@@ -11,7 +11,7 @@ from .. import engine
 from ..placements import layout_of
 from ..process_groups_config import ProcessGroupCollection
 from .clip import Entry, clip_grad_norm_
-from .sharded_optimizer import ShardedStep, checks_ranks
+from .sharded_optimizer import ShardedStep, checks_ranks, load_state
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,20 @@ class ChainedOptimizer(Optimizer):
             )
         super().add_param_group(param_group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`ShardedStep.load_state_dict`, for all members."""
+
+        def take() -> None:
+            for member in self.optimizers:
+                if isinstance(member, ShardedStep):
+                    member.take_state()
+
+        load_state(self, state_dict, super().load_state_dict, take)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in torch, and the members see the new state."""
         super().__setstate__(state)
         self._share()
-        for member in self.optimizers:
-            if isinstance(member, ShardedStep):
-                member.take_state()
 
     def _share(self) -> None:
         at = 0

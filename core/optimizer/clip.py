@@ -50,7 +50,7 @@ def clip_grad_norm_(entries: Sequence[Entry], max_norm: float, groups: ProcessGr
         bad = [name for name, _, g, _ in with_gradient if not torch.isfinite(g).all()]
         raise NonFiniteGradientError(_report(groups.gather(domain, bad)))
     factor = max_norm / (norm + 1e-6)
-    if max_norm > 0 and factor < 1:
+    if max_norm > 0 and factor < 1 and with_gradient:
         torch._foreach_mul_([g for _, _, g, _ in with_gradient], factor)
     return norm
 
@@ -67,14 +67,16 @@ def _axes(entries: Iterable[Entry], groups: ProcessGroupCollection) -> tuple[Axi
             if axis.name.startswith("expt"):
                 raise NotImplementedError(f"{name}: the global norm does not yet cover expert-parallel parameters.")
             axes[axis.name] = axis
-    return tuple(axes[name] for name in sorted(axes))
+    # One axis may go by two names, a DTensor's own mesh's and ours.
+    distinct = {axes[name].ranks: axes[name] for name in sorted(axes)}
+    return tuple(distinct.values())
 
 
 def _counts(p: Tensor, lay: Layout, axes: Sequence[Axis]) -> bool:
     if getattr(p, "shared", False):
         return False
-    cut = {axis.name for axis in lay.axes} | {"pp"}
-    return all(axis.index == 0 for axis in axes if axis.name not in cut)
+    cut = {axis.ranks for axis in lay.axes}
+    return all(axis.index == 0 for axis in axes if axis.ranks not in cut and axis.name != "pp")
 
 
 def _device(entries: Sequence[Entry]) -> torch.device:

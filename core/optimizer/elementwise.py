@@ -10,7 +10,7 @@ from ..layout import Layout, Rule
 from ..placements import local, local_gradient
 from ..state import StateSpec
 from .buckets import as_state
-from .sharded_optimizer import ShardedStep
+from .sharded_optimizer import ShardedStep, check_gradients
 
 States = Mapping[str, list[Tensor]]
 
@@ -32,6 +32,7 @@ class ElementwiseStep(ShardedStep):
 
     def updates(self) -> Iterator[tuple[str, Rule]]:
         """One rule per group, dtype and device."""
+        check_gradients(self.param_groups)
         for group in self.param_groups:
             self._init_group(group)
             alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -71,10 +72,12 @@ class ElementwiseStep(ShardedStep):
         states = {name: [local(self.state[p][name]) for p in params] for name in names}
         shards, grads = [local(p) for p in params], [local_gradient(p) for p in params]
         dtype = torch.promote_types(shards[0].dtype, torch.float32)
-        # 16-bit parameters are updated in float32, as their state is kept, and rounded to nearest.
-        wide = [shard.to(dtype) for shard in shards]
-        self.update_(wide, [g.to(dtype) for g in grads], states, group)
-        if dtype != shards[0].dtype:
-            torch._foreach_copy_(shards, wide)
+        # 16-bit parameters are updated in float32, as their state is kept, and rounded to nearest. Fused kernels go through
+        # memory in order, whatever the strides are.
+        wide = [shard.to(dtype).contiguous() for shard in shards]
+        self.update_(wide, [g.to(dtype).contiguous() for g in grads], states, group)
+        for shard, updated in zip(shards, wide, strict=True):
+            if updated is not shard:
+                shard.copy_(updated)
         return
         yield  # a rule that asks for nothing

@@ -55,7 +55,7 @@ def _is_nonlinear_or_embedding(param: Tensor) -> bool:
     return bool(getattr(param, "is_embedding_or_output_parameter", False)) or param.ndim != 2
 
 
-_NOT_A_MATRIX = ("*embedding*", "*router*", "*output_layer.weight", "*lm_head.weight")
+_NOT_A_MATRIX = ("*embed*", "*router*", "*output_layer.weight", "*lm_head.weight")
 """Names of weights that are 2-D, but tables of rows or too sensitive to be orthogonalized, whether or not they are tagged."""
 
 
@@ -114,7 +114,7 @@ def _get_qkv_split_shapes(model_cfg: Any) -> list[int]:
 def _muon_config_to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Constructor arguments of :class:`TensorParallelMuon`."""
     kwargs = _kwargs_from_config(TensorParallelMuon, "muon", config)
-    kwargs["use_decoupled_weight_decay"] = getattr(config, "decoupled_weight_decay", True)
+    kwargs.setdefault("use_decoupled_weight_decay", getattr(config, "decoupled_weight_decay", True))
     kwargs["is_qkv_fn"] = lambda p: bool(getattr(p, "is_qkv", False))
     model_cfg = getattr(model_chunks[0], "config", None) if model_chunks else None
     if hasattr(model_cfg, "num_query_groups"):
@@ -127,11 +127,7 @@ def _adaptive_muon_config_to_kwargs(
     config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any
 ) -> dict[str, Any]:
     """Constructor arguments of :class:`TensorParallelAdaptiveMuon`: Muon's, then its own."""
-    own = {
-        name.removeprefix("adaptive_muon_"): value
-        for name, value in vars(config).items()
-        if name.startswith("adaptive_muon_")
-    }
+    own = _kwargs_from_config(TensorParallelAdaptiveMuon, "adaptive_muon", config)
     return {**_muon_config_to_kwargs(config, model_chunks, pg_collection), **own}
 
 
@@ -187,6 +183,8 @@ def register_optimizer(name: str, entry: EmergingOptimizerEntry | None = None) -
 
     if entry is None:
         return register
+    if not isinstance(entry, EmergingOptimizerEntry):
+        raise TypeError(f"{entry!r} is not an EmergingOptimizerEntry; write EmergingOptimizerEntry({entry!r}).")
     _EMERGING_OPTIMIZERS[name] = entry
     return entry
 
@@ -204,6 +202,16 @@ def _entry(name: str) -> EmergingOptimizerEntry:
         else:
             raise ValueError(unknown("optimizer", name, list_optimizers()))
     return _EMERGING_OPTIMIZERS[name]
+
+
+def _embedding_names(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Weights of ``nn.Embedding`` modules, whatever they are called."""
+    return tuple(
+        f"{name}.weight".removeprefix(".")
+        for chunk in model_chunks
+        for name, module in chunk.named_modules()
+        if isinstance(module, nn.Embedding)
+    )
 
 
 def get_optimizer(
@@ -227,9 +235,10 @@ def get_optimizer(
     if config.lr is None:
         raise ValueError("config.lr is None; give the learning rate.")
     groups = ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
-    routed = route(
-        config, model_chunks, _entry(config.optimizer).default_param_overrides, param_overrides or {}, groups
-    )
+    defaults = _entry(config.optimizer).default_param_overrides
+    if defaults and (tables := _embedding_names(model_chunks)):
+        defaults = {**defaults, ParamKey(name=tables): {"optimizer": "adam"}}
+    routed = route(config, model_chunks, defaults, param_overrides or {}, groups)
     decoupled = {"adam": "adamw"} if config.decoupled_weight_decay else {}
     routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
     members = {}

@@ -1,8 +1,9 @@
 """Muon and adaptive Muon for tensor-parallel parameters, with Megatron-Core's names and arguments."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from emerging_optimizers.orthogonalized_optimizers import (
@@ -95,6 +96,8 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         self.extra_scale_factor = extra_scale_factor
         self.coefficient_type = coefficient_type
         self.num_ns_steps = num_ns_steps
+        # Not the optimizer itself: a cycle would keep all state alive until the garbage collector comes by.
+        me = weakref.ref(self)
         self._coefs = coefficients(coefficient_type, num_ns_steps)
         # By name, not super(): in AdaptiveMuon's MRO the next class takes other arguments.
         OrthogonalizedOptimizer.__init__(
@@ -106,7 +109,7 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
             nesterov=nesterov,
             weight_decay_method="decoupled" if use_decoupled_weight_decay else "l2",
             fp32_matmul_prec=fp32_matmul_prec,
-            scaled_orthogonalize_fn=lambda x: self._whole(x),
+            scaled_orthogonalize_fn=lambda x: cast(TensorParallelMuon, me())._whole(x),
         )
         self.take_state()
 
@@ -178,7 +181,9 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         lr, decay = float(group["lr"]), group["weight_decay"]
         if self.weight_decay_method == "decoupled" and decay:
             p.add_(p, alpha=-decay * lr)
+        self.pre_weight_update_fn_inplace(p, update)
         p.add_(update, alpha=-lr)
+        self.post_weight_update_fn_inplace(p)
 
     def _scale(self, rows: int, cols: int) -> float:
         return float(get_muon_scale_factor(rows, cols, mode=self.scale_mode) * self.extra_scale_factor)

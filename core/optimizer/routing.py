@@ -91,7 +91,9 @@ def _named_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Paramet
                     f"two model chunks have a parameter called {name!r}; names must be global (decoder.layers.7…, not "
                     f"numbered from 0 in every chunk), or checkpoints would mix them up."
                 )
-    return {name: param for name, param in named.items() if param.requires_grad}
+    # A weight that two chunks share goes by its first name.
+    once = {id(param): (name, param) for name, param in reversed(named.items()) if param.requires_grad}
+    return dict(reversed(once.values()))
 
 
 def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> dict[str, 
             continue
         for setting, value in settings.items():
             setting = {"max_lr": "lr"}.get(setting, setting)
+            value = tuple(value) if isinstance(value, list) else value
             if setting in combined and combined[setting] != value:
                 raise ValueError(
                     f"{name}: override '{by[setting]}' sets {setting}={combined[setting]!r} and override '{key}' sets "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import engine
 from ..layout import Layout, Rule
-from ..placements import layout_of, local
+from ..placements import check_gradient, layout_of, local
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
 from .buckets import Bucket, RuleFunction, bucket_size
@@ -21,6 +21,33 @@ CHECK = "SHARDSTEP_CHECK"
 def checks_ranks() -> bool:
     """Whether the user asked for :data:`CHECK`."""
     return os.environ.get(CHECK) == "1"
+
+
+def check_gradients(param_groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError, before anything is changed, for a gradient that no rule can use."""
+    for group in param_groups:
+        for p in group["params"]:
+            check_gradient(p)
+
+
+def load_state(
+    optimizer: Any, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], take: Callable[[], None]
+) -> None:
+    """Load ``state_dict`` by torch's ``load``, then ``take`` it over; see :meth:`ShardedStep.load_state_dict`."""
+    before = optimizer.state, optimizer.param_groups
+    try:
+        load(state_dict)
+        # torch casts state to the parameter's dtype, which loses bits when that has 16.
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point() and p.element_size() < value.element_size():
+                    optimizer.state[p][name] = value.to(p.device)
+        take()
+    except Exception:
+        optimizer.__setstate__({"state": before[0], "param_groups": before[1]})
+        raise
 
 
 class ShardedStep:
@@ -75,6 +102,7 @@ class ShardedStep:
 
     def updates(self) -> Iterator[tuple[str, Rule]]:
         """The rules of one step, for :func:`engine.run`; a chain of optimizers runs those of all its members together."""
+        check_gradients(self.param_groups)
         for group in self.param_groups:
             self._init_group(group)
             for bucket in self._buckets(group):
@@ -89,11 +117,23 @@ class ShardedStep:
         for bucket in self._buckets(group):
             bucket.bind(self.state)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in torch, and what was loaded is copied at once: torch would keep the tensors of whoever saved them."""
-        super().__setstate__(state)  # type: ignore[misc]
-        if hasattr(self, "_made"):
-            self.take_state()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but state keeps its own dtype, is copied at once, and is left as it was when the new one does not fit.
+
+        Raises:
+            ValueError: when a state tensor has another shape than this optimizer keeps.
+        """
+        load_state(self, state_dict, super().load_state_dict, self.take_state)  # type: ignore[misc]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; refuses parameters that the rule cannot serve before they are added."""
+        super().add_param_group(param_group)  # type: ignore[misc]
+        try:
+            for p in self.param_groups[-1]["params"]:
+                self.layout(p)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def take_state(self) -> None:
         """Make what state is missing, and copy what somebody put into ``self.state``."""
@@ -125,8 +165,9 @@ class ShardedStep:
         made: dict[tuple[int, ...], list[Bucket]] = self.__dict__.setdefault("_made", {})
         key = tuple(id(p) for p in group["params"])
         if key not in made:
-            for other in [k for k in made if set(k) & set(key)]:
-                del made[other]
+            alive = {tuple(id(p) for p in other["params"]) for other in self.param_groups}
+            for gone in [k for k in made if k not in alive]:
+                del made[gone]
             made[key] = list(self._make_buckets(group))
         return made[key]
 
@@ -136,7 +177,7 @@ class ShardedStep:
             shard = local(p)
             alike.setdefault((self.layout(p), shard.dtype, shard.device), []).append(p)
         for (layout, _, _), params in alike.items():
-            size = bucket_size(local(params[0]))
+            size = bucket_size(local(params[0]), layout)
             for i in range(0, len(params), size):
                 some = params[i : i + size]
                 yield Bucket.make(some, layout, self.state_specs(group, layout), self._name(some[0]))
