@@ -1,16 +1,25 @@
 """The headline: on every layout and in every exact mode an optimizer takes the step of the unsharded model."""
 
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 
+from core.optimizer.emerging_optimizers import _entry, list_optimizers
 from tests.sharding import CUTS, cached_unsharded, sharded
 
 STEPS = 10
 EXACT = ("duplicated", "distributed", "owner")
-MATRIX = [("muon", {}), *(("adaptive_muon", {"moment2_method": m}) for m in ("adamuon", "normuon", "namo"))]
-ELEMENTWISE = [("adamw", {}), ("adam", {}), ("sgd", {"momentum": 0.9}), ("sgd", {"momentum": 0.9, "nesterov": True})]
+VARIANTS = {
+    "adaptive_muon": [{"moment2_method": method} for method in ("adamuon", "normuon", "namo")],
+    "sgd": [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
+}
+"""Settings to try of optimizers that have several rules; the others run as they are, by being registered."""
+
+ALL = [(name, kwargs) for name in list_optimizers() for kwargs in VARIANTS.get(name, [{}])]
+MATRIX = [(name, kwargs) for name, kwargs in ALL if "tp_mode" in signature(_entry(name).optimizer_cls).parameters]
+ELEMENTWISE = [case for case in ALL if case not in MATRIX]
 
 
 def cases(size: int) -> list[Any]:
