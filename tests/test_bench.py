@@ -9,6 +9,7 @@ import torch.distributed as dist
 from core.optimizer.muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
 from tools import bench, bench_cases
+from tools.bench_measure import count_collectives
 
 MODES = {"duplicated": 1, "distributed": 4, "owner": 4, "blockwise": 0}
 """The most collectives that a step may take."""
@@ -19,7 +20,7 @@ def collectives(layers: int, mode: str, hidden: int = 16) -> int:
     (candidate,) = bench_cases.tensor_parallel(
         bench_cases.gpt_matrices(hidden, layers), "highest", dist.group.WORLD, [f"shardstep {mode}"]
     )
-    return bench.count_collectives(candidate.optimizer)
+    return count_collectives(candidate.optimizer)
 
 
 def check_collectives(mode: str) -> None:
@@ -48,7 +49,7 @@ def test_no_collective_on_one_rank(world, mode):
 def test_no_collective_without_groups():
     p = torch.nn.Parameter(torch.eye(4))
     p.grad = torch.ones_like(p)
-    assert bench.count_collectives(TensorParallelMuon([p], pg_collection=ProcessGroupCollection())) == 0
+    assert count_collectives(TensorParallelMuon([p], pg_collection=ProcessGroupCollection())) == 0
 
 
 @pytest.mark.mpi(min_size=2)
