@@ -21,6 +21,9 @@ Coefficients = Sequence[tuple[float, float, float]]
 EPS = 1e-15
 """Smallest norm that is divided by: a zero matrix stays zero, anything that float32 can square is normalised."""
 
+SMALL = 2**17
+"""Entries of a bfloat16 matrix up to which CPU is quicker at a float32 iteration than at compiling kernels for its norm."""
+
 
 def coefficients(coefficient_type: str, steps: int) -> Coefficients:
     """(a, b, c) of each of ``steps`` iterations, from the installed ``emerging_optimizers``, in the order it uses.
@@ -61,8 +64,7 @@ def newton_schulz(
     arithmetic = partial(matmul_precision, precision, x.device)
     if lay.is_whole and (x.dtype == torch.bfloat16 or max(lay.shape) < 1.25 * min(lay.shape)):
         with arithmetic():
-            # A transposed view would be read against the grain in every product; baddbmm takes ten times as long on it.
-            return _classic(x, coefs, scale) if long == -1 else _classic(x.mT.contiguous(), coefs, scale).mT
+            return _classic(x, coefs, scale) if long == -1 else _transposed(_classic(_transposed(x), coefs, scale))
     # Never a bfloat16 Gram: its rounding is multiplied by a^2 in every iteration and overflows.
     wide = x if x.dtype == torch.float64 else x.float()
     inv = wide.new_ones(())
@@ -94,11 +96,14 @@ def _classic(x: Tensor, coefs: Coefficients, scale: float) -> Tensor:
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.promote_types(x.dtype, torch.float32))
     # The norm goes into the first iteration's factors: dividing x by it would round every entry once more. One matrix
     # at a time, because the factors are numbers.
+    # oneDNN compiles a bfloat16 product anew for each value of a factor; float32 products are not compiled.
+    small = x.device.type == "cpu" and x[0].numel() <= SMALL
+    wide = x.to(norms.dtype) if small else x
     first = [
-        _step(x[i : i + 1], coefs[0], 1 / norm, scale if len(coefs) == 1 else 1.0)
+        _step(wide[i : i + 1], coefs[0], 1 / norm, scale if len(coefs) == 1 else 1.0)
         for i, norm in enumerate(norms.clamp_min(EPS).tolist())
     ]
-    x = torch.cat(first) if len(first) > 1 else first[0]
+    x = (torch.cat(first) if len(first) > 1 else first[0]).to(x.dtype)
     for i, abc in enumerate(coefs[1:], 2):
         x = _step(x, abc, 1.0, scale if i == len(coefs) else 1.0)
     return x
@@ -109,6 +114,11 @@ def _step(x: Tensor, abc: tuple[float, float, float], inv: float, scale: float) 
     gram = symmetric_product(x, x.mT, alpha=inv * inv)
     poly = symmetric_product(gram, gram, gram, beta=b, alpha=c)
     return product(poly, x, x, beta=a * inv * scale, alpha=inv * scale)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """(B, n, m), contiguous: products are slow on a transposed view, and torch copies one matrix faster than a stack."""
+    return torch.stack([matrix.mT.contiguous() for matrix in x]) if len(x) > 1 else x[0].mT.contiguous()[None]
 
 
 def _groups(coefs: Coefficients) -> list[tuple[bool, Coefficients]]:
