@@ -78,8 +78,8 @@ class _Loop:
         for k, want in enumerate(wants):
             if isgenerator(want):
                 self.resume(want, label, partial(answer, k), None)
-            elif _is_local(want):
-                answer(k, _serve_local(want))
+            elif isinstance(want, Reduce) and not want.groups:
+                answer(k, want.finish(want.x) if want.finish else want.x)
             else:
                 self._pending.append(_Pending(want, label, partial(answer, k)))
 
@@ -137,18 +137,6 @@ class _Loop:
                     f"the ranks of a group ask for different things: here {here}, on rank {rank} of the group {there}. "
                     f"Every rank must hold the same parameters, with gradients on all ranks or on none."
                 )
-
-
-def _is_local(request: Request) -> bool:
-    if isinstance(request, Reduce):
-        return not request.groups
-    return (request.src.domain if isinstance(request, Move) else request.domain).group is None
-
-
-def _serve_local(request: Request) -> Any:
-    if isinstance(request, Reduce):
-        return request.finish(request.x) if request.finish else request.x
-    return exchange([request])[0] if isinstance(request, Move) else [0] * request.count
 
 
 def _signature(request: Request) -> tuple[Any, ...]:

@@ -24,8 +24,7 @@ def exchange(moves: Sequence[Move]) -> list[Tensor | None]:
     """
     domain = moves[0].src.domain
     blocks = cache(_blocks)
-    if domain.group is None:
-        return [_local(move, blocks) for move in moves]
+    assert domain.group is not None
     if all(move.dst.boxes[r] == move.dst.boxes[0] for move in moves for r in range(domain.size)):
         received = _all_gather(moves, blocks)
     else:
@@ -77,15 +76,6 @@ def _received(moves: Sequence[Move], blocks: Blocks, buffers: Sequence[Tensor]) 
                 pieces.append((block, buffer[at : at + size]))
                 at += size
     return received
-
-
-def _local(move: Move, blocks: Blocks) -> Tensor | None:
-    pieces = (
-        [(b, move.x[_at(b, "left")].reshape(-1)) for b in blocks(move.src, move.dst, 0, 0)]
-        if move.x is not None
-        else []
-    )
-    return _unpack(move, pieces)
 
 
 def _blocks(src: Placement, dst: Placement, sender: int, receiver: int) -> tuple[Block, ...]:
