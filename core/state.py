@@ -1,6 +1,7 @@
 """State tensors, declared by what they follow, so that allocation, checkpoints and resharding need no code per optimizer."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -15,29 +16,57 @@ class StateSpec:
 
     Attributes:
         dims: ``*``: like the parameter. Otherwise a letter per dim: ``i`` and ``j`` follow the parameter's dims -2 and -1
-            and are sharded with them, ``I`` and ``J`` have that dim's whole size on every rank, ``1`` is a reduced dim.
+            and are sharded with them, ``I`` and ``J`` have that dim's whole size on every rank, ``k`` follows the parameter's
+            dim at the same place, ``1`` is a reduced dim, ``r`` one of size ``rank``.
             The empty string is a scalar per parameter.
         init: What the tensor holds before the first step.
         dtype: Its dtype; None for the parameter's, but at least float32.
+        narrow: With ``dtype`` None: the parameter's also when that has 16 bits.
+        host: Keep it in host memory, where a step reads it without waiting for the device.
+        rank: Size of the dims called ``r``.
     """
 
     dims: str = "*"
     init: Literal["zeros", "eye"] = "zeros"
     dtype: torch.dtype | None = None
+    narrow: bool = False
+    host: bool = False
+    rank: int = 1
 
     def layout(self, parameter: Layout) -> Layout:
         """Where the state tensor lives when its parameter lives in ``parameter``."""
         if self.dims == "*":
             return Layout(parameter.shape, parameter.splits, parameter.copies)
-        letters = {"i": -2, "j": -1}
-        shape = tuple(1 if c == "1" else parameter.shape[letters[c.lower()]] for c in self.dims)
-        splits = tuple(parameter.splits[letters[c]] if c in letters else None for c in self.dims)
+        sizes = {"1": 1, "r": self.rank}
+        shape = tuple(
+            sizes[c] if d is None else parameter.shape[d] for c, d in zip(self.dims, self.follows, strict=True)
+        )
+        splits = tuple(
+            parameter.splits[d] if d is not None and c.islower() else None
+            for c, d in zip(self.dims, self.follows, strict=True)
+        )
         return Layout(shape, splits, parameter.copies)
+
+    @property
+    def follows(self) -> tuple[int | None, ...]:
+        """For each letter of ``dims``, the dim of the parameter, from the end, that has its size; None for ``1``, ``r``."""
+        size = len(self.dims)
+        return tuple({"i": -2, "j": -1, "k": at - size}.get(c.lower()) for at, c in enumerate(self.dims))
+
+    def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
+        """The state's dtype when the parameter has dtype ``parameter``."""
+        return self.dtype or (parameter if self.narrow else torch.promote_types(parameter, torch.float32))
 
     def allocate(self, parameter: Layout, count: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A stack of ``count`` fresh state tensors, (count, *shard), for parameters of ``dtype``."""
         shape = self.layout(parameter).local_shape
-        dtype = self.dtype or torch.promote_types(dtype, torch.float32)
+        dtype = self.dtype_for(dtype)
+        device = torch.device("cpu") if self.host else device
         if self.init == "eye":
             return torch.eye(shape[-1], dtype=dtype, device=device).expand(count, *shape).clone()
         return torch.zeros(count, *shape, dtype=dtype, device=device)
+
+
+def sizes(layout: Layout, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a tensor: this rank's shard, and the whole."""
+    return prod(layout.local_shape) * dtype.itemsize, prod(layout.shape) * dtype.itemsize

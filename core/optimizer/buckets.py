@@ -37,24 +37,29 @@ class Bucket:
         layout: Theirs.
         specs: Declares the state.
         stacks: State name → (B, *state shard).
-        label: Names the parameters in errors.
+        names: What randomness of each is keyed by, and the first names them in errors.
     """
 
     params: list[Tensor]
     layout: Layout
     specs: Mapping[str, StateSpec]
     stacks: dict[str, Tensor]
-    label: str
+    names: list[str]
+
+    @property
+    def label(self) -> str:
+        """Names the parameters in errors."""
+        return self.names[0]
 
     @classmethod
-    def make(cls, params: list[Tensor], layout: Layout, specs: Mapping[str, StateSpec], label: str) -> "Bucket":
+    def make(cls, params: list[Tensor], layout: Layout, specs: Mapping[str, StateSpec], names: list[str]) -> "Bucket":
         """A bucket with fresh state."""
         like = local(params[0])
         stacks = {
             name: spec.allocate(layout, len(params), dtype=like.dtype, device=like.device)
             for name, spec in specs.items()
         }
-        return cls(params, layout, specs, stacks, label)
+        return cls(params, layout, specs, stacks, names)
 
     def bind(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Make ``state[p][name]`` a view of the stack, taking over the value of a tensor that somebody put there.
@@ -97,7 +102,8 @@ class Bucket:
         p = (params[0].unsqueeze(0) if single else torch.stack(params)).to(dtype)
         g = (gradients[0].unsqueeze(0) if single else torch.stack(gradients)).to(dtype)
         state = SimpleNamespace(
-            **{name: stack[rows[0] : rows[0] + 1] if single else stack for name, stack in self.stacks.items()}
+            **{name: stack[rows[0] : rows[0] + 1] if single else stack for name, stack in self.stacks.items()},
+            names=[self.names[i] for i in rows],
         )
         for target, update in zip(params, (yield rule(p, g, state, self.layout, group)), strict=True):
             apply(target, update)
@@ -113,15 +119,16 @@ def as_state(view: Tensor, p: Tensor, spec: StateSpec, layout: Layout) -> Tensor
     placements: list[Placement] = []
     for placement in p.placements:
         dim = placement.dim - p.ndim if isinstance(placement, Shard) else None
-        at = None if dim is None else _dim_of(spec.dims, dim, p.ndim)
+        at = None if dim is None else _dim_of(spec, dim, p.ndim)
         placements.append(Replicate() if at is None else Shard(at))
-    shape = torch.Size(StateSpec(spec.dims).layout(Layout.whole(p.shape)).shape)
+    shape = torch.Size(spec.layout(Layout.whole(p.shape)).shape)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(view, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def _dim_of(dims: str, parameter_dim: int, ndim: int) -> int | None:
-    if dims == "*":
+def _dim_of(spec: StateSpec, parameter_dim: int, ndim: int) -> int | None:
+    """The dim of the state that is sharded with ``parameter_dim``, or None."""
+    if spec.dims == "*":
         return parameter_dim + ndim
-    letter = {-2: "i", -1: "j"}.get(parameter_dim, "?")
-    return dims.index(letter) if letter in dims else None
+    sharded = [d if c.islower() else None for c, d in zip(spec.dims, spec.follows, strict=True)]
+    return sharded.index(parameter_dim) if parameter_dim in sharded else None

@@ -20,3 +20,9 @@ def fraction(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is in [0, 1)."""
     if not 0 <= value < 1:
         raise ValueError(f"{name}={value} must be at least 0 and below 1.")
+
+
+def positive(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a finite number > 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value} must be a finite number above 0.")

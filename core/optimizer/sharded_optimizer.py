@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .. import engine
 from ..layout import Layout, Rule
 from ..placements import check_gradient, layout_of, local
 from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
+from ..state import StateSpec, sizes
 from .buckets import Bucket, RuleFunction, bucket_size
 
 CHECK = "SHARDSTEP_CHECK"
@@ -37,13 +37,14 @@ def load_state(
     before = optimizer.state, optimizer.param_groups
     try:
         load(state_dict)
-        # torch casts state to the parameter's dtype, which loses bits when that has 16.
+        # torch casts state to the parameter's dtype and device: bits and integers are lost, and host state leaves the host.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and value.is_floating_point() and p.element_size() < value.element_size():
-                    optimizer.state[p][name] = value.to(p.device)
+                if isinstance(value, Tensor) and name in before[0].get(p, {}):
+                    kept = before[0][p][name]
+                    optimizer.state[p][name] = value.to(kept.device, kept.dtype)
         take()
     except Exception:
         optimizer.__setstate__({"state": before[0], "param_groups": before[1]})
@@ -57,6 +58,11 @@ class ShardedStep:
     State is allocated at construction for every parameter, with or without gradient, so that a checkpoint always has the
     same keys. Parameters without a gradient in a step are left alone, their state untouched.
     """
+
+    kind: Literal["elementwise", "reducing", "matrix"] = "reducing"
+    """What the rule asks of other ranks: nothing, reductions, or whole matrices."""
+    modes: tuple[str, ...] = ()
+    """Tensor-parallel modes that are exact, for a class that takes ``tp_mode``."""
 
     param_groups: list[dict[str, Any]]
     state: Any
@@ -78,6 +84,14 @@ class ShardedStep:
         """Where each state tensor of ``p`` lives in the whole model; None for state that belongs to this rank's block."""
         lay = self.layout(p)
         return {name: spec.layout(lay) for name, spec in self.state_specs(group, lay).items()}
+
+    def state_sizes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Bytes of each state tensor of ``p``: on this rank, and of the whole one."""
+        lay = self.layout(p)
+        return {
+            name: sizes(spec.layout(lay), spec.dtype_for(p.dtype))
+            for name, spec in self.state_specs(group, lay).items()
+        }
 
     def mode(self) -> str:
         """How shards come together, for tables."""
@@ -160,6 +174,17 @@ class ShardedStep:
                     return str(name)
         return f"parameter of shape {tuple(p.shape)}"
 
+    def _key(self, p: Tensor) -> str:
+        """By which randomness of ``p`` is keyed: its name, or else its position among all parameters, on every layout."""
+        at = 0
+        for group in self.param_groups:
+            names = group.get("param_names", ())
+            for k, other in enumerate(group["params"]):
+                if other is p:
+                    return str(names[k]) if names else f"parameter {at + k}"
+            at += len(group["params"])
+        raise AssertionError("the parameter is in none of the groups")
+
     def _buckets(self, group: Mapping[str, Any]) -> list[Bucket]:
         """The buckets of ``group``; made anew when its list of parameters is no longer the one they were made of."""
         made: dict[tuple[int, ...], list[Bucket]] = self.__dict__.setdefault("_made", {})
@@ -180,4 +205,4 @@ class ShardedStep:
             size = bucket_size(local(params[0]), layout)
             for i in range(0, len(params), size):
                 some = params[i : i + size]
-                yield Bucket.make(some, layout, self.state_specs(group, layout), self._name(some[0]))
+                yield Bucket.make(some, layout, self.state_specs(group, layout), [self._key(p) for p in some])
