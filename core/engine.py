@@ -53,28 +53,32 @@ class _Loop:
         self._pending: list[_Pending] = []
 
     def resume(self, rule: Rule, label: str, done: Callable[[Any], None], value: Any) -> None:
-        """Send ``value`` to ``rule`` and take up what it yields next; call ``done`` with its result at the end."""
-        try:
-            asked = rule.send(value)
-        except StopIteration as stop:
-            done(stop.value)
-            return
+        """Send ``value`` to ``rule`` and take up what it yields, until it waits; call ``done`` with its result at the end."""
+        while True:
+            try:
+                asked = rule.send(value)
+            except StopIteration as stop:
+                done(stop.value)
+                return
+            answers = self._ask(asked, label, partial(self.resume, rule, label, done))
+            if answers is None:
+                return
+            value = answers if isinstance(asked, tuple | list) else answers[0]
+
+    def _ask(self, asked: Any, label: str, go_on: Callable[[Any], None]) -> list[Any] | None:
+        """The answers, if none needs another rank; or None, and ``go_on`` is called with them later."""
         wants = list(asked) if isinstance(asked, tuple | list) else [asked]
         answers: list[Any] = [None] * len(wants)
         missing = len(wants)
-
-        def go_on() -> None:
-            self.resume(rule, label, done, answers if isinstance(asked, tuple | list) else answers[0])
+        waits = False
 
         def answer(k: int, value: Any) -> None:
             nonlocal missing
             answers[k] = value
             missing -= 1
-            if not missing:
-                go_on()
+            if waits and not missing:
+                go_on(answers if isinstance(asked, tuple | list) else answers[0])
 
-        if not wants:
-            go_on()
         for k, want in enumerate(wants):
             if isgenerator(want):
                 self.resume(want, label, partial(answer, k), None)
@@ -82,6 +86,8 @@ class _Loop:
                 answer(k, want.finish(want.x) if want.finish else want.x)
             else:
                 self._pending.append(_Pending(want, label, partial(answer, k)))
+        waits = missing > 0
+        return None if waits else answers
 
     def finish(self) -> None:
         """Answer rounds until no rule waits."""
