@@ -115,11 +115,14 @@ class Layout:
 
     def sum(self, x: Tensor, *dims: int) -> "Reduce":
         """Sum of ``x`` over ``dims`` of the whole tensor."""
-        return Reduce(x.sum(self._dims(dims), keepdim=True), "sum", self._groups(dims))
+        over = self._dims(dims)
+        # To torch, no dims means all, the stack's too.
+        return Reduce(x.sum(over, keepdim=True) if over else x, "sum", self._groups(dims))
 
     def amax(self, x: Tensor, *dims: int) -> "Reduce":
         """Largest entry of ``x`` over ``dims`` of the whole tensor."""
-        return Reduce(x.amax(self._dims(dims), keepdim=True), "max", self._groups(dims))
+        over = self._dims(dims)
+        return Reduce(x.amax(over, keepdim=True) if over else x, "max", self._groups(dims))
 
     def mean(self, x: Tensor, *dims: int) -> "Reduce":
         """Mean of ``x`` over ``dims`` of the whole tensor."""
@@ -128,11 +131,11 @@ class Layout:
 
     def norm(self, x: Tensor, *dims: int) -> "Reduce":
         """Euclidean norm of ``x`` over ``dims`` of the whole tensor."""
-        return replace(self.sum(x.square(), *dims), finish=torch.sqrt)
+        return replace(self._sum_of_squares(x, dims), finish=torch.sqrt)
 
     def rms(self, x: Tensor, *dims: int) -> "Reduce":
         """Root mean square of ``x`` over ``dims`` of the whole tensor."""
-        return replace(self.mean(x.square(), *dims), finish=lambda s: (s / self._count(dims)).sqrt())
+        return replace(self._sum_of_squares(x, dims), finish=lambda s: (s / self._count(dims)).sqrt())
 
     def across(self, x: Tensor, *dims: int) -> "Reduce":
         """Sum over the ranks that split ``dims`` of what each computed from its shard; (B, ...), the same shape on all."""
@@ -238,6 +241,12 @@ class Layout:
             return ((0, 1),)
         split = self.splits[dim]
         return ((0, self.shape[dim]),) if split is None else split.held[split.axis.index]
+
+    def _sum_of_squares(self, x: Tensor, dims: tuple[int, ...]) -> "Reduce":
+        # Row by row: one pass over x, and no float32 sum of millions of squares in one go, which loses its third digit.
+        if -1 in self._dims(dims):
+            x = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return self.sum(x.square(), *dims)
 
     def _count(self, dims: tuple[int, ...]) -> int:
         return prod(self.shape[d] for d in self._dims(dims))

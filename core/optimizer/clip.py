@@ -1,6 +1,6 @@
 """The gradient norm of the whole model, and clipping by it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,13 @@ from .. import engine
 from ..layout import Layout, Reduce, Rule
 from ..placements import local_gradient
 from ..process_groups_config import Axis, ProcessGroupCollection
+from .sharded_optimizer import ShardedStep, check_gradients
 
 Entry = tuple[str, Tensor, Layout]
 """Name, parameter, and where it lives."""
+
+PIECE = 2**16
+"""Entries that are widened to float64 at a time on CPU."""
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -37,22 +41,87 @@ def clip_grad_norm_(entries: Sequence[Entry], max_norm: float, groups: ProcessGr
     Raises:
         NonFiniteGradientError: on every rank, when the norm is not finite; names the first parameter and its rank.
     """
-    axes = _axes(entries, groups)
-    domain = groups.domain(axes)
-    with_gradient = [(name, p, local_gradient(p), lay) for name, p, lay in entries if p.grad is not None]
-    counted = [g for name, p, g, lay in with_gradient if _counts(p, lay, axes)]
-    # In float64: the square of a large float32 overflows, and a long sum loses the small ones.
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in counted]
-    mine = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=_device(entries))
-    total = engine.run([("gradient norm", _sum(mine, domain.group))])[0]
-    norm = float(total.sqrt())
+    norm = float(global_norm(entries, groups))
+    with_gradient = [(name, local_gradient(p)) for name, p, _ in entries if p.grad is not None]
     if norm != norm or norm == float("inf"):
-        bad = [name for name, _, g, _ in with_gradient if not torch.isfinite(g).all()]
-        raise NonFiniteGradientError(_report(groups.gather(domain, bad)))
+        bad = [name for name, g in with_gradient if not torch.isfinite(g).all()]
+        raise NonFiniteGradientError(_report(groups.gather(groups.domain(_axes(entries, groups)), bad)))
     factor = max_norm / (norm + 1e-6)
     if max_norm > 0 and factor < 1 and with_gradient:
-        torch._foreach_mul_([g for _, _, g, _ in with_gradient], factor)
+        torch._foreach_mul_([g for _, g in with_gradient], factor)
     return norm
+
+
+@torch.no_grad()
+def global_norm(
+    entries: Sequence[Entry],
+    groups: ProcessGroupCollection,
+    value: Callable[[Tensor, Tensor], Iterable[Tensor]] | None = None,
+) -> Tensor:
+    """Euclidean norm, over the whole model, of the gradients or of something made of them.
+
+    Every rank of ``groups`` must call it. One reduction for all parameters; the host does not wait for it.
+
+    Args:
+        entries: Every parameter of this rank; those without a gradient do not count.
+        groups: Process groups of the model.
+        value: Makes of a parameter and this rank's shard of its gradient the pieces of what counts instead of that.
+
+    Returns:
+        A float64 scalar, the same on every rank.
+    """
+    axes = _axes(entries, groups)
+    with_gradient = [(p, local_gradient(p), lay) for _, p, lay in entries if p.grad is not None]
+    counted = [(p, g) for p, g, lay in with_gradient if _counts(p, lay, axes)]
+    squares = [_sum_of_squares(piece) for p, g in counted for piece in (value(p, g) if value else (g,))]
+    mine = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=_device(entries))
+    total: Tensor = engine.run([("global norm", _sum(mine, groups.domain(axes).group))])[0]
+    return total.sqrt()
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What to multiply by so that a ``norm`` becomes at most ``max_norm``; a float64 scalar. Rounded as Megatron-Core does."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1)
+
+
+class GlobalClip(ShardedStep):
+    """Mixin for a rule that scales by a norm over all parameters of its optimizer.
+
+    Attributes:
+        max_norm: Largest norm; None: the rule is not to scale.
+        scale: Factor for the step that is being taken, a float64 scalar; None when there is no ``max_norm``.
+    """
+
+    max_norm: float | None
+    scale: Tensor | None
+
+    def scaled(self, p: Tensor, g: Tensor, group: Mapping[str, Any]) -> Iterable[Tensor]:
+        """Pieces of what the rule is to scale, made of the parameter ``p`` and this rank's shard ``g`` of its gradient."""
+        return (g,)
+
+    @torch.no_grad()
+    def updates(self) -> Iterator[tuple[str, Rule]]:
+        """As in the base class, after the reduction that the norm takes."""
+        self.scale = None
+        if self.max_norm is not None:
+            check_gradients(self.param_groups)
+            self.take_state()
+            group_of = {p: group for group in self.param_groups for p in group["params"]}
+            buckets = [bucket for group in self.param_groups for bucket in self._buckets(group)]
+            entries = [(bucket.label, p, bucket.layout) for bucket in buckets for p in bucket.params]
+            norm = global_norm(entries, self._groups, lambda p, g: self.scaled(p, g, group_of[p]))
+            self.scale = clip_factor(norm, self.max_norm)
+        return super().updates()
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    # In float64: the square of a large float32 overflows, and a long sum loses the small ones.
+    norm = torch.linalg.vector_norm
+    if x.device.type == "cpu":
+        # A reduction that casts takes six times as long as casting what fits the cache.
+        x = torch.stack([norm(piece.double()) for piece in x.reshape(-1).split(PIECE)])
+    total: Tensor = norm(x, dtype=torch.float64)
+    return total.square()
 
 
 def _sum(x: Tensor, group: Any) -> Rule:
