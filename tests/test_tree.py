@@ -20,11 +20,11 @@ MAX_LINES = 400
 LAYERS = (
     {"process_groups_config", "ranges", "schedule"},
     {"layout"},
-    {"exchange", "kernels", "linalg", "on_matrix", "placements"},
-    {"engine"},
+    {"exchange", "kernels", "linalg", "on_matrix", "placements", "random"},
+    {"engine", "precision"},
     {"state"},
     {"optimizer"},
-    {"checkpoint", "megatron", "precision"},
+    {"checkpoint", "megatron"},
 )
 LAYER = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 
