@@ -40,7 +40,7 @@ def _duplicated(fn: MatrixRule, x: Tensor, lay: Layout, cost: Any) -> Rule:
     if lay.is_whole:
         return (yield fn(x, lay))
     whole = yield _move(x, lay.placement, lay.everywhere)
-    return _shard((yield fn(whole, Layout.whole(lay.shape))), lay)
+    return shard_of((yield fn(whole, Layout.whole(lay.shape))), lay)
 
 
 def _distributed(fn: MatrixRule, x: Tensor, lay: Layout, cost: Any) -> Rule:
@@ -82,7 +82,8 @@ def _move(x: Tensor | None, src: Placement, dst: Placement, *, like: Tensor | No
     return Move(x, 1 if x is None else len(x), src, dst, ref.dtype, ref.device)
 
 
-def _shard(whole: Tensor, lay: Layout) -> Tensor:
+def shard_of(whole: Tensor, lay: Layout) -> Tensor:
+    """What this rank holds of ``whole`` (B, *whole shape)."""
     for dim, split in enumerate(lay.splits, -lay.ndim):
         if split is not None:
             pieces = [whole.narrow(dim, lo, hi - lo) for lo, hi in split.held[split.axis.index]]

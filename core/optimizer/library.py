@@ -1,0 +1,297 @@
+"""Optimizers of other libraries, exact on shards: their own class steps the whole tensor, on the rank that works on it."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .. import engine
+from ..layout import Layout
+from ..process_groups_config import ProcessGroupCollection
+from ..random import Key
+from .checks import choice, non_negative
+from .kronecker import MatrixStep
+from .settings import constructor_arguments, settings
+from .whole import Unit, WholeMode, WholeState, WholeStep
+
+Initialise = Callable[[Any, nn.Parameter], dict[str, Any]]
+"""``initialise(optimizer, p)``: the state of ``p`` before the first step: tensors, numbers, or lists of them, by name."""
+
+DRAWS = "draws"
+"""State of a class that draws random numbers: the number of steps in which it did."""
+
+
+class LibraryStep(WholeStep):
+    """What :func:`on_whole_tensors` makes its classes of."""
+
+    inner: type[Optimizer]
+    initialise: Initialise
+    any_shape: bool
+    random: bool
+    transient: tuple[str, ...]
+    float32_only: bool
+    __signature__: inspect.Signature
+
+    def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
+        bound = self.__signature__.bind(params, *args, **kwargs)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        cls: type = type(self)
+        for setting in settings(cls):
+            if setting.choices and given[setting.argument] is not None:
+                choice(setting.argument, given[setting.argument], setting.choices)
+        for name in ("lr", "weight_decay"):
+            non_negative(name, float(given.get(name, 0.0)))
+        self.tp_mode: WholeMode = given.pop("tp_mode")
+        self.seed: int = given.pop("seed", 0)
+        self.pg_collection: ProcessGroupCollection | None = given.pop("pg_collection")
+        del given["params"]
+        # One instance serves all tensors: it is lent each with its state for the time of a step.
+        self._inner = self.inner([nn.Parameter(torch.ones(1, 1))], **given)
+        defaults = {k: v for k, v in self._inner.param_groups[0].items() if k != "params"}
+        self._takes_decay = "weight_decay" in given
+        vars(self).update({k: v for k, v in given.items() if k not in defaults and not hasattr(self, k)})
+        self._check_start()
+        self._probes: dict[tuple[int, ...], dict[str, Any]] = {}
+        super().__init__(params, defaults)  # type: ignore[call-arg]
+        self.take_state()
+        if _looks_at_weights(self.inner, given):
+            self._construct_on_wholes(given)
+
+    def layout(self, p: Tensor) -> Layout:
+        """As in the base class; refuses a dtype that the inner class cannot compute in."""
+        if self.float32_only and p.dtype == torch.float64:
+            raise ValueError(
+                f"{self._name(p)}: {self.inner.__name__} computes in float32, but this parameter is float64; "
+                f"make it float32, or give it to another optimizer."
+            )
+        return super().layout(p)
+
+    def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
+        """What the inner class keeps for a tensor of ``shape``; numbers as float64 on the host."""
+        specs = {slot: _spec(value) for slot, value in _flat(self._probe(shape)).items()}
+        return {**specs, DRAWS: _spec(0)} if self.random else specs
+
+    def fresh_state(self, unit: Unit, like: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the inner class begins with."""
+        state = super().fresh_state(unit, like, group)
+        if unit.home.here:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            whole = nn.Parameter(torch.empty(unit.layout.shape, dtype=dtype, device=like.device))
+            _store(type(self).initialise(self._inner, whole), state)
+        return state
+
+    def update_whole_(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any], name: str) -> None:
+        """One step of the inner class, with the settings of ``group``."""
+        param, inside, slots = nn.Parameter(p), self._inner.param_groups[0], vars(s)
+        param.grad = g
+        kept = inside if self._takes_decay else [k for k in inside if k != "weight_decay"]
+        inside |= {k: group[k] for k in kept if k != "params"} | {"lr": float(group["lr"]), "params": [param]}
+        self._inner.state = defaultdict(dict, {param: _restored(self._probe(tuple(p.shape)), slots)})
+        try:
+            with torch.compiler.set_stance("force_eager"), self._seeded(p, slots, name):
+                self._inner.step()
+            state = self._inner.state[param]
+        finally:
+            self._inner.state, inside["params"] = defaultdict(dict), []
+        _store({k: v for k, v in state.items() if k not in self.transient}, slots)
+        if param.data_ptr() != p.data_ptr():
+            p.copy_(param)
+
+    @contextmanager
+    def _seeded(self, p: Tensor, slots: dict[str, Tensor], name: str) -> Iterator[None]:
+        if not self.random:
+            yield
+            return
+        seed = noise_seed(self.seed, name, int(slots[DRAWS]))
+        slots[DRAWS] += 1
+        with torch.random.fork_rng([p.device] if p.is_cuda else []):
+            torch.default_generator.manual_seed(seed)
+            if p.is_cuda:
+                torch.cuda.default_generators[p.device.index].manual_seed(seed)
+            yield
+
+    def _probe(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """The inner class's state of a tensor of ``shape``, without memory."""
+        if shape not in self._probes:
+            # float64, to tell what follows the parameter's dtype from what is float32 by default.
+            like = nn.Parameter(torch.empty(shape, dtype=torch.float64, device="meta"))
+            self._probes[shape] = type(self).initialise(self._inner, like)
+        return self._probes[shape]
+
+    def _check_start(self) -> None:
+        zeros, ones = (
+            _flat(type(self).initialise(self._inner, nn.Parameter(torch.full((2, 3), fill)))) for fill in (0.0, 1.0)
+        )
+        if moved := [k for k, v in zeros.items() if not torch.equal(torch.as_tensor(v), torch.as_tensor(ones[k]))]:
+            raise ValueError(
+                f"{self.inner.__name__} begins with state {moved} that depends on the weights, which is not supported; write it "
+                f"as a WholeStep of its own."
+            )
+
+    def _construct_on_wholes(self, given: dict[str, Any]) -> None:
+        """Let the inner class check or change the whole weights as its constructor does."""
+        refused: list[str] = []
+
+        def work(unit: Unit, whole: Tensor) -> None:
+            try:
+                self.inner([nn.Parameter(whole)], **given)
+            except ValueError as error:
+                refused.append(f"{unit.name}: {error}")
+
+        # On the meta device, where plans are checked, there are no weights to look at.
+        params = [p for group in self.param_groups for p in group["params"] if not p.is_meta]
+        with torch.no_grad():
+            engine.run((self._name(p), self.on_wholes(p, [], work)) for p in params)
+        for domain in dict.fromkeys(unit.home.domain for p in params for unit in self._parameters[p].units):
+            refused += [error for errors in self._groups.gather(domain, refused) for error in errors]
+        if refused:
+            raise ValueError(refused[0])
+
+
+def on_whole_tensors(
+    inner: type[Optimizer],
+    *,
+    initialise: Initialise | None = None,
+    any_shape: bool = False,
+    random: bool = False,
+    transient: tuple[str, ...] = (),
+    float32_only: bool = True,
+    **defaults: Any,
+) -> type[LibraryStep]:
+    """A class that does to a parameter, however it is sharded, what ``inner`` does to the whole of it, bit for bit.
+
+    Its constructor takes the arguments of ``inner``, then ``tp_mode`` (:class:`~.whole.WholeStep`), ``seed`` where ``random``,
+    and ``pg_collection``. Compiled functions of ``inner`` run eagerly: what the compiler makes of a function depends on the
+    shapes that a process saw before. Checks and changes of the weights in the constructor of ``inner`` are made on the
+    whole weights, with communication. A weight decay that is no argument of ``inner`` stays as ``inner`` has it.
+
+    Args:
+        inner: An optimizer whose update of a parameter needs nothing but that parameter, its gradient and its state.
+        initialise: Makes its state; needed where ``inner`` has no method ``_init_group(group, skip_non_grad_params)`` that
+            does. The state must not depend on the weights.
+        any_shape: Whether it takes parameters that are not 2-D.
+        random: Whether it draws from torch's global generators. Those are set for each step of each parameter from ``seed``,
+            the parameter's name and the number of its steps so far, and put back after it: all layouts, and resumed runs,
+            draw the same.
+        transient: Names of state that a step makes and the next one does not need.
+        float32_only: Whether it cannot update float64 parameters.
+        defaults: Of arguments for which ``inner`` has none.
+
+    Raises:
+        ValueError: when its state starts from the weights, or nothing says how to make it.
+    """
+    arguments = constructor_arguments(inner)
+    own = {"tp_mode": (WholeMode, "owner"), "seed": (int, 1234), "pg_collection": (ProcessGroupCollection | None, None)}
+    if not random:
+        del own["seed"]
+    first = {name: arguments[name] for name in ("params", "lr")}
+    taken = [
+        p.replace(
+            kind=p.POSITIONAL_OR_KEYWORD if name in first else p.KEYWORD_ONLY, default=defaults.get(name, p.default)
+        )
+        for name, p in {**first, **arguments}.items()
+        if name != "self"
+    ] + [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default)
+        for name, (hint, default) in own.items()
+    ]
+    made = type(
+        f"Whole{inner.__name__}",
+        (LibraryStep, WholeStep if any_shape else MatrixStep, Optimizer),
+        {
+            "__doc__": f"{inner.__module__}.{inner.__name__} of whole tensors; see :func:`on_whole_tensors`.",
+            "__module__": __name__,
+            "__signature__": inspect.Signature(taken),
+            "inner": inner,
+            "initialise": staticmethod(initialise or _by_init_group),
+            "any_shape": any_shape,
+            "random": random,
+            "transient": transient,
+            "float32_only": float32_only,
+        },
+    )
+    return made
+
+
+def noise_seed(seed: int, name: str, draws: int) -> int:
+    """What the global generators are set to for a step of the parameter called ``name`` after ``draws`` others."""
+    low, high, *_ = Key(seed, name, draws, "library").words
+    return low | high << 32
+
+
+def _by_init_group(optimizer: Any, p: nn.Parameter) -> dict[str, Any]:
+    group = {**optimizer.param_groups[0], "params": [p]}
+    try:
+        optimizer._init_group(group, skip_non_grad_params=False)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{type(optimizer).__name__} does not say what state it keeps for a tensor of shape {tuple(p.shape)} "
+            f"({error}); pass on_whole_tensors(..., initialise=...), a function of (optimizer, p) that returns it."
+        ) from error
+    state: dict[str, Any] = optimizer.state.pop(p, {})
+    return state
+
+
+def _looks_at_weights(inner: type[Optimizer], given: dict[str, Any]) -> bool:
+    probe = nn.Parameter(torch.empty(1, 1, device="meta"))
+    try:
+        inner([probe], **given)
+    except (RuntimeError, NotImplementedError):  # a meta tensor has no numbers to look at
+        return True
+    return probe._version > 0
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists under names of their own: ``Q`` becomes ``Q0``, ``Q1``."""
+    flat = {}
+    for key, value in state.items():
+        several = isinstance(value, list | tuple)
+        for name, item in ((f"{key}{i}", x) for i, x in enumerate(value)) if several else [(key, value)]:
+            if not isinstance(item, Tensor | int | float):
+                raise ValueError(
+                    f"state {name!r} is {type(item).__name__}; tensors, numbers and lists of them can be kept."
+                )
+            flat[name] = item
+    return flat
+
+
+def _spec(value: Any) -> WholeState:
+    if not isinstance(value, Tensor):
+        return WholeState((), dtype=torch.float64, host=True)
+    dtype = None if value.dtype == torch.float64 else value.dtype
+    return WholeState(tuple(value.shape), dtype=dtype, host=value.device.type == "cpu")
+
+
+def _restored(like: Mapping[str, Any], slots: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state of ``slots`` in the form of ``like``; tensors share memory."""
+
+    def item(name: str, value: Any) -> Any:
+        return slots[name].view(value.shape) if isinstance(value, Tensor) else type(value)(slots[name].item())
+
+    return {
+        key: [item(f"{key}{i}", x) for i, x in enumerate(value)]
+        if isinstance(value, list | tuple)
+        else item(key, value)
+        for key, value in like.items()
+    }
+
+
+def _store(state: Mapping[str, Any], slots: Mapping[str, Tensor]) -> None:
+    flat = _flat(state)
+    if unknown := flat.keys() - slots.keys():
+        raise ValueError(
+            f"a step made state {sorted(unknown)} that was not there before it; let on_whole_tensors(..., initialise=...) make "
+            f"it, or name it in transient=..., where the next step does not need it."
+        )
+    for name, value in flat.items():
+        slot = slots[name]
+        if not isinstance(value, Tensor):
+            slot.fill_(value)
+        elif value.data_ptr() != slot.data_ptr():
+            slot.copy_(value.reshape(slot.shape))

@@ -1,0 +1,296 @@
+"""Optimizers that know only whole tensors: each is handed to the rank that works on it, with state that lives there."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout, Move, Placement, Rule, Split
+from ..on_matrix import shard_of
+from ..placements import layout_of, local, local_gradient
+from ..process_groups_config import Axis, Domain
+from ..state import sizes
+from .checks import choice
+from .sharded_optimizer import ShardedStep, check_gradients
+
+WholeMode = Literal["owner", "duplicated"]
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """One state tensor of one whole tensor.
+
+    Attributes:
+        shape: Its sizes; () is kept as (1,).
+        init: What it holds before the first step: a number everywhere, or ``eye``.
+        dtype: Its dtype; None for the parameter's, but at least float32.
+        host: Keep it in host memory.
+    """
+
+    shape: tuple[int, ...]
+    init: float | Literal["eye"] = 0.0
+    dtype: torch.dtype | None = None
+    host: bool = False
+
+    def layout(self, home: "Home") -> Layout:
+        """Where it lives."""
+        shape = self.shape or (1,)
+        if home.owner is None:
+            return Layout.whole(shape)
+        held = tuple(((0, shape[0]),) if r == home.owner else () for r in range(home.domain.size))
+        axis = Axis("+".join(home.domain.axes), tuple(range(home.domain.size)), home.domain.index, home.domain.group)
+        return Layout(shape, (Split(axis, held), *(None for _ in shape[1:])))
+
+    def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
+        """The state's dtype when the parameter has dtype ``parameter``."""
+        return self.dtype or torch.promote_types(parameter, torch.float32)
+
+    def device_for(self, parameter: torch.device) -> torch.device:
+        """The state's device when the parameter is on ``parameter``."""
+        return torch.device("cpu") if self.host else parameter
+
+    def allocate(self, home: "Home", like: Tensor) -> Tensor:
+        """A fresh one for a parameter like ``like``; without entries where it does not live."""
+        shape = self.layout(home).local_shape
+        dtype, device = self.dtype_for(like.dtype), self.device_for(like.device)
+        if self.init == "eye":
+            return torch.eye(*shape[-2:], dtype=dtype, device=device).expand(shape).clone()
+        return torch.full(shape, self.init, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a whole tensor is worked on.
+
+    Attributes:
+        domain: The ranks that hold a shard of it, or a copy.
+        owner: Index in ``domain`` of the one that works; None when all do.
+    """
+
+    domain: Domain
+    owner: int | None
+
+    @property
+    def here(self) -> bool:
+        """Whether this rank works on it."""
+        return self.owner in (None, self.domain.index)
+
+    def placement(self, lay: Layout) -> Placement:
+        """The whole of a tensor laid out as ``lay``, there."""
+        return lay.everywhere if self.owner is None else lay.owners[self.owner]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A whole tensor: a parameter, or one part of a fused one.
+
+    Attributes:
+        name: By which randomness is keyed.
+        layout: Where its shards live.
+        home: Where it is worked on.
+        suffix: Ends the names of its state tensors.
+    """
+
+    name: str
+    layout: Layout
+    home: Home
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter and the whole tensors it is made of.
+
+    Attributes:
+        layout: Where it and its parts live.
+        units: Itself, or its parts.
+    """
+
+    layout: Layout
+    units: tuple[Unit, ...]
+
+
+Work = Callable[..., None]
+"""``work(unit, p, *others)``: changes the whole tensor ``p`` in place, where it is worked on."""
+
+
+class WholeStep(ShardedStep):
+    """Mixin for a ``torch.optim.Optimizer`` class whose update is a function of the whole parameter, gradient and state.
+
+    With ``tp_mode="owner"`` parameters are dealt, once, over all ranks that hold a shard or a copy; a step brings parameter
+    and gradient to the owner and the new parameter back, two collectives for all of them together, and state is kept there
+    alone. With ``duplicated`` every rank of the tensor-parallel group gathers the whole, and keeps all state. In both the
+    result is, bit for bit, that of the unsharded parameter. Parts of a fused weight (the parameter's attribute
+    ``matrix_parts``) are tensors of their own.
+
+    State tensors have the whole shape on ranks that work on the parameter, and no entries on the others.
+    """
+
+    kind = "matrix"
+    tp_mode: WholeMode
+    modes = get_args(WholeMode)
+
+    def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
+        """What is kept between steps for a whole tensor of ``shape``."""
+        raise NotImplementedError
+
+    def update_whole_(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any], name: str) -> None:
+        """Update the whole parameter ``p`` and its state ``s`` in place; ``g`` may be overwritten.
+
+        Args:
+            p: Parameter, at least float32.
+            g: Gradient, of the dtype of ``p``.
+            s: State tensors by name.
+            group: Parameter group.
+            name: The parameter's name, by which randomness is keyed.
+        """
+        raise NotImplementedError
+
+    def cost(self, shape: tuple[int, ...]) -> float:
+        """Work for a whole tensor of ``shape``, by which owners are dealt: products with both Gram matrices."""
+        return float(prod(shape)) * (sum(shape) if len(shape) > 1 else 1)
+
+    def layout(self, p: Tensor) -> Layout:
+        """Where ``p`` and its parts live."""
+        choice("tp_mode", self.tp_mode, self.modes)
+        lay = layout_of(p, self._groups, part_sizes=getattr(p, "matrix_parts", None), name=self._name(p))
+        axes = (*lay.axes, *lay.copies) if self.tp_mode == "owner" else lay.axes
+        return replace(lay, domain=self._groups.domain(tuple(sorted(axes, key=lambda axis: axis.name))))
+
+    def state_layouts(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Layout | None]:
+        """As in the base class."""
+        return {slot: spec.layout(unit.home) for slot, spec, unit in self._slots(p, group)}
+
+    def state_sizes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """As in the base class."""
+        return {
+            slot: sizes(spec.layout(unit.home), spec.dtype_for(p.dtype)) for slot, spec, unit in self._slots(p, group)
+        }
+
+    def fresh_state(self, unit: Unit, like: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """State before the first step of a parameter like ``like``; without entries where it is not worked on."""
+        specs = self.whole_specs(unit.layout.shape, group)
+        return {slot: spec.allocate(unit.home, like) for slot, spec in specs.items()}
+
+    def mode(self) -> str:
+        """The tensor-parallel mode."""
+        return self.tp_mode
+
+    def updates(self) -> Iterator[tuple[str, Rule]]:
+        """One rule a parameter."""
+        check_gradients(self.param_groups)
+        for group in self.param_groups:
+            self._init_group(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    yield self._name(p), self._update(p, group)
+
+    @torch.no_grad()
+    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
+        self._find_homes()
+        for p in group["params"]:
+            state, shard = self.state[p], local(p)
+            for unit in self._parameters[p].units:
+                specs = self.whole_specs(unit.layout.shape, group)
+                if any(slot + unit.suffix not in state for slot in specs):
+                    fresh = self.fresh_state(unit, shard, group)
+                    state.update({k + unit.suffix: v for k, v in fresh.items() if k + unit.suffix not in state})
+                for slot, spec in specs.items():
+                    name = slot + unit.suffix
+                    expected = spec.layout(unit.home).local_shape
+                    if tuple(state[name].shape) != expected:
+                        raise ValueError(
+                            f"{unit.name}: state {name!r} has shape {tuple(state[name].shape)} but this rank keeps {expected} "
+                            f"of it; load a state of the same optimizer and layout, or reshard it first."
+                        )
+                    state[name] = state[name].to(spec.device_for(shard.device), spec.dtype_for(p.dtype))
+
+    def take_state(self) -> None:
+        """As in the base class."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].update({k: v.clone() for k, v in self.state[p].items() if isinstance(v, Tensor)})
+        super().take_state()
+
+    def on_wholes(self, p: Tensor, others: list[Tensor], work: Work) -> Rule:
+        """Change ``p`` by ``work`` on the whole of it, or of each of its parts.
+
+        Args:
+            p: The parameter.
+            others: What else ``work`` needs the whole of, of the shape of this rank's shard.
+            work: Gets them as float32 at least; it may overwrite ``others`` too.
+        """
+        lay, shard = self._parameters[p].layout, local(p)
+        dtype = reduce(torch.promote_types, (x.dtype for x in others), shard.dtype)
+        both = torch.stack([x.to(dtype) for x in (shard, *others)])
+        units = self._parameters[p].units
+        pieces = zip(lay.split_parts(both), units, strict=True)
+        new = yield [self._on_whole(x, unit, shard.dtype, work) for (x, _), unit in pieces]
+        shard.copy_(lay.join_parts(new)[0])
+
+    def _on_whole(self, x: Tensor, unit: Unit, dtype: torch.dtype, work: Work) -> Rule:
+        lay, home = unit.layout, unit.home
+        there = None if home.domain.size == 1 else home.placement(lay)
+        whole = x if there is None else (yield Move(x, len(x), lay.placement, there, x.dtype, x.device))
+        out = None
+        if home.here:
+            wholes = [_in_order(y) for y in whole.to(torch.promote_types(x.dtype, torch.float32))]
+            work(unit, *wholes)
+            out = wholes[0].to(dtype).unsqueeze(0)
+        if there is None or home.owner is None:
+            assert out is not None
+            return shard_of(out, lay)
+        return (yield Move(out, 1, there, lay.placement, dtype, x.device))
+
+    def _update(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
+        def work(unit: Unit, whole: Tensor, g: Tensor) -> None:
+            slots = self.whole_specs(unit.layout.shape, group)
+            state = SimpleNamespace(**{slot: self.state[p][slot + unit.suffix] for slot in slots})
+            self.update_whole_(whole, g, state, group, unit.name)
+
+        return self.on_wholes(p, [local_gradient(p)], work)
+
+    def _slots(self, p: Tensor, group: Mapping[str, Any]) -> Iterator[tuple[str, WholeState, Unit]]:
+        for unit in self._parameters[p].units:
+            for slot, spec in self.whole_specs(unit.layout.shape, group).items():
+                yield slot + unit.suffix, spec, unit
+
+    @property
+    def _parameters(self) -> dict[Tensor, Parameter]:
+        made: dict[Tensor, Parameter] = self.__dict__.setdefault("_made_parameters", {})
+        return made
+
+    def _find_homes(self) -> None:
+        """Deal the parameters that have no home yet: the dearest first, each to the rank with the least to do."""
+        layouts = {
+            p: self.layout(p) for group in self.param_groups for p in group["params"] if p not in self._parameters
+        }
+        units: dict[Tensor, dict[int, Unit]] = {p: {} for p in layouts}
+        parts = [
+            (part, k, p)
+            for p, lay in layouts.items()
+            for k, (_, part) in enumerate(lay.split_parts(local(p).unsqueeze(0)))
+        ]
+        loads: dict[Domain, list[float]] = self.__dict__.setdefault("_loads", {})
+        for part, k, p in sorted(parts, key=lambda entry: -self.cost(entry[0].shape)):
+            domain, owner = part.domain, None
+            assert domain is not None
+            if self.tp_mode == "owner" and domain.size > 1:
+                load = loads.setdefault(domain, [0.0] * domain.size)
+                owner = min(range(domain.size), key=load.__getitem__)
+                load[owner] += self.cost(part.shape)
+            suffix = f"#{k}" if layouts[p].parts else ""
+            units[p][k] = Unit(self._key(p) + suffix, part, Home(domain, owner), suffix)
+        for p, found in units.items():
+            self._parameters[p] = Parameter(layouts[p], tuple(found[k] for k in sorted(found)))
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """``x``, or a copy where kernels would go through its memory otherwise than through a tensor of its own."""
+    in_order = x.is_contiguous() and x.data_ptr() % 64 == 0
+    return x if in_order else x.clone(memory_format=torch.contiguous_format)
