@@ -1,7 +1,8 @@
-"""Adam and AdamW by torch's own fused kernels, on shards."""
+"""Adam and its kin: torch's fused kernels where they serve, on shards."""
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,8 +11,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
-from .checks import fraction, non_negative
+from .checks import choice, fraction, non_negative
 from .elementwise import ElementwiseStep, States
+
+MU_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Names of the dtypes in which a mean of gradients can be kept; None: the parameter's, but at least float32."""
 
 
 class Adam(ElementwiseStep, Optimizer):  # type: ignore[misc]
@@ -23,6 +27,10 @@ class Adam(ElementwiseStep, Optimizer):  # type: ignore[misc]
         betas: Decays of the running means of the gradient and its square, in [0, 1).
         eps: Added to the denominator.
         weight_decay: Coefficient, ≥ 0.
+        eps_root: Added under the root, ≥ 0; keeps its derivative finite at zero.
+        mu_dtype: Dtype of the stored mean of the gradient, ``float32`` or ``bfloat16``; None: the parameter's, but at least
+            float32.
+        correct_bias: False uses the means as they are, without dividing them by 1 - βᵗ.
         pg_collection: Process groups, for the layout of what is saved.
 
     Raises:
@@ -40,25 +48,48 @@ class Adam(ElementwiseStep, Optimizer):  # type: ignore[misc]
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        eps_root: float = 0.0,
+        mu_dtype: Literal["float32", "bfloat16"] | None = None,
+        correct_bias: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        non_negative("lr", float(lr))
-        if len(betas) != 2:
-            raise ValueError(f"betas={betas} must be two numbers, of the gradient's mean and of its square's.")
-        fraction("betas[0]", betas[0])
-        fraction("betas[1]", betas[1])
-        non_negative("eps", eps)
-        non_negative("weight_decay", weight_decay)
+        check_adam(lr, betas, eps, weight_decay)
+        non_negative("eps_root", eps_root)
+        check_mu_dtype(mu_dtype)
         self.pg_collection = pg_collection
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "eps_root": eps_root, "mu_dtype": mu_dtype, "correct_bias": correct_bias})
         self.take_state()
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
-        """``exp_avg``, ``exp_avg_sq`` like the parameter; ``step`` a scalar."""
-        return {"step": StateSpec("", dtype=torch.float32), "exp_avg": StateSpec("*"), "exp_avg_sq": StateSpec("*")}
+        """``exp_avg``, ``exp_avg_sq`` like the parameter; ``step`` a scalar, where the kernel reads it."""
+        return {
+            "step": StateSpec("", dtype=torch.float32, host=not self.one_pass(group)),
+            "exp_avg": StateSpec("*", dtype=MU_DTYPES[group["mu_dtype"]]),
+            "exp_avg_sq": StateSpec("*"),
+        }
+
+    def one_pass(self, group: Mapping[str, Any]) -> bool:
+        """Whether torch's fused kernel has this rule."""
+        return bool(group["correct_bias"] and not group["eps_root"] and group["mu_dtype"] is None)
+
+    def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:
+        """``rate`` α and ``scale`` s of ``p ← p - α·m / (√(s·v + eps_root) + ε)``."""
+        correction1, correction2 = bias_corrections(state["step"], group["betas"])
+        if not group["correct_bias"]:
+            correction1 = correction2 = 1.0
+        return {"rate": float(group["lr"]) / correction1, "scale": 1 / correction2}
 
     def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
         """Algorithm 1."""
+        if not self.one_pass(group):
+            grads = decay_(params, grads, group, decoupled=self.decoupled)
+            means, squares = states["exp_avg"], states["exp_avg_sq"]
+            torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
+            mean_square_(squares, grads, group["betas"][1])
+            roots = denominators(squares, group["scale"], group["eps"], group["eps_root"])
+            torch._foreach_addcdiv_(params, means, roots, -group["rate"])
+            return
         beta1, beta2 = group["betas"]
         adam(
             params,
@@ -94,6 +125,125 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        eps_root: float = 0.0,
+        mu_dtype: Literal["float32", "bfloat16"] | None = None,
+        correct_bias: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, pg_collection)
+        super().__init__(params, lr, betas, eps, weight_decay, eps_root, mu_dtype, correct_bias, pg_collection)
+
+
+class RAdam(ElementwiseStep, Optimizer):  # type: ignore[misc]
+    """Adam that steps by the mean gradient alone until its second moment has settled; as ``torch.optim.RAdam``.
+
+    Args:
+        params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
+        lr: Learning rate.
+        betas: Decays of the running means of the gradient and its square, in [0, 1).
+        eps: Added to √v, before the bias of v is corrected.
+        weight_decay: Coefficient, ≥ 0.
+        decoupled_weight_decay: Shrink the parameters by ``lr·weight_decay``; False adds it to the gradient.
+        pg_collection: Process groups, for the layout of what is saved.
+
+    Raises:
+        ValueError: for an argument out of range.
+
+    Source: Liu et al. 2019, algorithm 2, https://arxiv.org/abs/1908.03265
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        check_adam(lr, betas, eps, weight_decay)
+        self.pg_collection = pg_collection
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "decoupled_weight_decay": decoupled_weight_decay})
+        self.take_state()
+
+    def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
+        """As Adam's."""
+        step = StateSpec("", dtype=torch.float32, host=True)
+        return {"step": step, "exp_avg": StateSpec("*"), "exp_avg_sq": StateSpec("*")}
+
+    def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:
+        """``rate`` of the step, and whether it is ``rectified``. ρ: length of the averages of g²; r: equation 5."""
+        beta2 = group["betas"][1]
+        correction1, correction2 = bias_corrections(state["step"], group["betas"])
+        t, limit = float(state["step"]), 2 / (1 - beta2) - 1
+        rho = limit - 2 * t * (1 - correction2) / correction2
+        rate = float(group["lr"]) / correction1
+        if rho <= 5:
+            return {"rate": rate, "rectified": False}
+        r = math.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
+        return {"rate": rate * r * math.sqrt(correction2), "rectified": True}
+
+    def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
+        """Algorithm 2, lines 5 to 14."""
+        grads = decay_(params, grads, group, decoupled=group["decoupled_weight_decay"])
+        means, squares = states["exp_avg"], states["exp_avg_sq"]
+        torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
+        mean_square_(squares, grads, group["betas"][1])
+        if group["rectified"]:
+            torch._foreach_addcdiv_(params, means, denominators(squares, 1.0, group["eps"]), -group["rate"])
+        else:
+            torch._foreach_add_(params, means, alpha=-group["rate"])
+
+
+def check_adam(lr: float, betas: tuple[float, ...], eps: float, weight_decay: float, *, count: int = 2) -> None:
+    """Raise ValueError for an argument out of range; ``count`` is the number of betas."""
+    non_negative("lr", float(lr))
+    if len(betas) != count:
+        raise ValueError(f"betas={betas} must be {count} numbers, each the decay of one running mean.")
+    for i, beta in enumerate(betas):
+        fraction(f"betas[{i}]", beta)
+    non_negative("eps", eps)
+    non_negative("weight_decay", weight_decay)
+
+
+def check_mu_dtype(mu_dtype: str | None) -> None:
+    """Raise ValueError unless ``mu_dtype`` is None or a name in :data:`MU_DTYPES`."""
+    if mu_dtype is not None:
+        choice("mu_dtype", mu_dtype, [name for name in MU_DTYPES if name])
+
+
+def bias_corrections(step: Tensor, betas: tuple[float, ...]) -> tuple[float, ...]:
+    """Count ``step``, a scalar on the host, up to t; 1 - βᵗ of each β."""
+    t = float(step.add_(1))
+    return tuple(1 - beta**t for beta in betas)
+
+
+def decay_(params: list[Tensor], grads: list[Tensor], group: Mapping[str, Any], *, decoupled: bool) -> list[Tensor]:
+    """Shrink ``params`` if ``decoupled``; the gradients to use, with L2 regularization if not."""
+    decay = group["weight_decay"]
+    if decay and decoupled:
+        torch._foreach_mul_(params, 1 - float(group["lr"]) * decay)
+    elif decay:
+        return list(torch._foreach_add(grads, params, alpha=decay))
+    return grads
+
+
+def mean_square_(squares: list[Tensor], grads: list[Tensor], beta: float) -> None:
+    """``v ← βv + (1-β)g²`` in place."""
+    torch._foreach_mul_(squares, beta)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta)
+
+
+def denominators(squares: list[Tensor], scale: float, eps: float, eps_root: float = 0.0) -> list[Tensor]:
+    """``√(scale·v + eps_root) + eps``, in new tensors."""
+    if eps_root:
+        roots = list(torch._foreach_mul(squares, scale))
+        torch._foreach_add_(roots, eps_root)
+        torch._foreach_sqrt_(roots)
+    else:
+        roots = list(torch._foreach_sqrt(squares))
+        if scale != 1:
+            torch._foreach_mul_(roots, math.sqrt(scale))
+    torch._foreach_add_(roots, eps)
+    return roots

@@ -14,20 +14,21 @@ from .elementwise import ElementwiseStep, States
 
 
 class SGD(ElementwiseStep, Optimizer):  # type: ignore[misc]
-    """``b ← μb + g + wd·p``; ``p ← p - lr·(g + wd·p + μb)`` with Nesterov, else ``p - lr·b``. As ``torch.optim.SGD``.
+    """``b ← μb + (1-τ)(g + wd·p)``; ``p ← p - lr·(g + wd·p + μb)`` with Nesterov, else ``p - lr·b``. As ``torch.optim.SGD``.
 
     Args:
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
         lr: Learning rate.
         momentum: μ, in [0, 1); 0 keeps no state.
         weight_decay: wd ≥ 0, added to the gradient.
-        nesterov: Look one step ahead; needs momentum.
+        nesterov: Look one step ahead; needs momentum, and no dampening.
+        dampening: τ, in [0, 1]; the first step has none.
         pg_collection: Process groups, for the layout of what is saved.
 
     Raises:
         ValueError: for an argument out of range.
 
-    Source: Sutskever et al. 2013, section 2, in torch's form.
+    Source: Sutskever et al. 2013, section 2, https://proceedings.mlr.press/v28/sutskever13.html, in torch's form.
     """
 
     def __init__(
@@ -37,27 +38,49 @@ class SGD(ElementwiseStep, Optimizer):  # type: ignore[misc]
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        dampening: float = 0.0,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         non_negative("lr", float(lr))
         fraction("momentum", momentum)
         non_negative("weight_decay", weight_decay)
-        if nesterov and not momentum:
-            raise ValueError("nesterov=True needs a momentum above 0; got momentum=0.")
+        if not 0 <= dampening <= 1:
+            raise ValueError(f"dampening={dampening} must be at least 0 and at most 1.")
+        if nesterov and (not momentum or dampening):
+            raise ValueError(
+                f"nesterov=True needs a momentum above 0 and dampening=0; got momentum={momentum}, dampening={dampening}."
+            )
         self.pg_collection = pg_collection
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, {**defaults, "dampening": dampening})
         self.take_state()
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
-        """``momentum_buffer`` like the parameter, when there is momentum."""
-        return {"momentum_buffer": StateSpec("*")} if group["momentum"] else {}
+        """``momentum_buffer`` like the parameter, when there is momentum; ``step``, when there is dampening."""
+        if not group["momentum"]:
+            return {}
+        step = {"step": StateSpec("", dtype=torch.float32, host=True)} if group["dampening"] else {}
+        return {"momentum_buffer": StateSpec("*"), **step}
+
+    def one_pass(self, group: Mapping[str, Any]) -> bool:
+        """As torch's fused kernel does; where the first step is another one, there are two kinds of parameters."""
+        return "step" not in self.specs(group)
+
+    def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:
+        """This step's ``dampening``."""
+        return {"dampening": group["dampening"] if state["step"].add_(1) > 1 else 0.0}
 
     def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
         """The rule above."""
-        step = list(torch._foreach_add(grads, params, alpha=group["weight_decay"])) if group["weight_decay"] else grads
-        if group["momentum"]:
-            buffers = states["momentum_buffer"]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, step)
-            step = list(torch._foreach_add(step, buffers, alpha=group["momentum"])) if group["nesterov"] else buffers
-        torch._foreach_add_(params, step, alpha=-float(group["lr"]))
+        torch._fused_sgd_(
+            params,
+            grads,
+            states.get("momentum_buffer", []),
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=float(group["lr"]),
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=False,
+            is_first_step=False,
+        )

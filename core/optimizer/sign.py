@@ -1,0 +1,59 @@
+"""Lion: steps by the sign of a momentum."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..process_groups_config import ProcessGroupCollection
+from ..state import StateSpec
+from .adam import MU_DTYPES, check_adam, check_mu_dtype
+from .elementwise import ElementwiseStep, States
+
+
+class Lion(ElementwiseStep, Optimizer):  # type: ignore[misc]
+    """``p ← p - lr·(sign(β1·m + (1-β1)·g) + wd·p)``; ``m ← β2·m + (1-β2)·g``.
+
+    Args:
+        params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
+        lr: Learning rate; a third to a tenth of AdamW's.
+        betas: β1 of the step and β2 of the momentum, in [0, 1).
+        weight_decay: wd ≥ 0, decoupled; three to ten times AdamW's.
+        mu_dtype: Dtype of the stored momentum, ``float32`` or ``bfloat16``; None: the parameter's, but at least float32.
+        pg_collection: Process groups, for the layout of what is saved.
+
+    Raises:
+        ValueError: for an argument out of range.
+
+    Source: Chen et al. 2023, algorithm 2, https://arxiv.org/abs/2302.06675
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1e-3,
+        mu_dtype: Literal["float32", "bfloat16"] | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        check_adam(lr, betas, 0.0, weight_decay)
+        check_mu_dtype(mu_dtype)
+        self.pg_collection = pg_collection
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "mu_dtype": mu_dtype})
+        self.take_state()
+
+    def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
+        """``exp_avg`` like the parameter."""
+        return {"exp_avg": StateSpec("*", dtype=MU_DTYPES[group["mu_dtype"]])}
+
+    def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
+        """Algorithm 2."""
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        steps = list(torch._foreach_lerp(states["exp_avg"], grads, 1 - beta1))
+        torch._foreach_sign_(steps)
+        torch._foreach_lerp_(states["exp_avg"], grads, 1 - beta2)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, steps, alpha=-lr)
