@@ -1,0 +1,106 @@
+"""MARS: Adam on gradients from which some of the noise is taken by comparing them with the ones before."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..layout import Layout, Rule
+from ..placements import local
+from ..process_groups_config import ProcessGroupCollection
+from ..state import StateSpec
+from .adam import check_adam
+from .buckets import RuleFunction
+from .checks import choice, non_negative
+from .clip import GlobalClip
+from .factored import blocks, keep_new_, rms
+from .fused_adam import SPECS, adam_step_
+
+CLIPS = ("global", "tensor")
+
+
+class Mars(GlobalClip, Optimizer):  # type: ignore[misc]
+    """MARS-AdamW with the gradient of the step before, at its own batch, for comparison (the paper's "approximate" form).
+
+    ``c = g + γβ₁/(1-β₁)·(g - g₋)``, clipped; a step of AdamW with c for gradient. Before the first step ``g₋`` is 0, as in the
+    authors' code.
+
+    Args:
+        params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
+        lr: Learning rate.
+        betas: Decays of the running means of c and its square, in [0, 1).
+        gamma: γ ≥ 0, how much of the difference is added.
+        eps: Added to the denominator.
+        weight_decay: ≥ 0; decoupled: parameters shrink by ``lr·weight_decay``.
+        clip: ``global``: scale all c by the norm over all parameters of this optimizer in the whole model, or ``tensor``: each
+            parameter's c by its own norm, as the paper does.
+        max_grad_norm: Largest norm of c; None or 0: no clipping.
+        pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded, and for ``global`` over
+            pipeline stages, of which each must then have a parameter here.
+
+    Raises:
+        ValueError: for an argument out of range.
+
+    Source: Yuan et al. 2024, MARS-AdamW, https://arxiv.org/abs/2411.10438
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        gamma: float = 0.025,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        clip: Literal["global", "tensor"] = "global",
+        max_grad_norm: float | None = 1.0,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        check_adam(lr, betas, eps, weight_decay)
+        non_negative("gamma", gamma)
+        choice("clip", clip, CLIPS)
+        non_negative("max_grad_norm", max_grad_norm or 0.0)
+        self.pg_collection = pg_collection
+        self.max_norm = (max_grad_norm or None) if clip == "global" else None
+        self.max_tensor_norm = (max_grad_norm or None) if clip == "tensor" else None
+        defaults = {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self.take_state()
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """``exp_avg``, ``exp_avg_sq`` and ``previous_grad`` like the parameter; ``step`` a scalar."""
+        return {**SPECS, "previous_grad": StateSpec("*")}
+
+    def scaled(self, p: Tensor, g: Tensor, group: Mapping[str, Any]) -> Iterator[Tensor]:
+        """Pieces of the corrected gradient."""
+        return (c for _, c in corrected(g[None], local(self.state[p]["previous_grad"])[None], group))
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """MARS-AdamW."""
+        return self._mars
+
+    def _mars(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+        scale = self.scale
+        if self.max_tensor_norm is not None:
+            size = yield rms((c for _, c in corrected(g, s.previous_grad, group)), lay)
+            scale = (self.max_tensor_norm / (size * math.sqrt(math.prod(lay.shape)))).clamp(max=1)
+        p = p.contiguous()
+        for at, c in corrected(g, s.previous_grad, group):
+            s.previous_grad[at] = g[at]
+            c = c if scale is None else c.mul_(scale)
+            adam_step_(p[at], c, s, group, at, lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        s.step.add_(1)
+        return p
+
+    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
+        keep_new_(p, update)
+
+
+def corrected(g: Tensor, previous: Tensor, group: Mapping[str, Any]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """``c = g + γβ₁/(1-β₁)·(g - g₋)`` of stacks (B, *shard), as new tensors: each block, and where it is."""
+    beta1 = group["betas"][0]
+    for at in blocks(previous):
+        yield at, torch.lerp(previous[at], g[at].to(previous.dtype), 1 + group["gamma"] * beta1 / (1 - beta1))

@@ -1,0 +1,144 @@
+"""LAMB and LARS: the step of each parameter is scaled by the ratio of two norms of the whole of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..layout import Layout, Rule
+from ..process_groups_config import ProcessGroupCollection
+from ..state import StateSpec
+from .adam import check_adam
+from .buckets import RuleFunction
+from .checks import fraction, non_negative
+from .clip import GlobalClip
+from .factored import keep_new_
+from .fused_adam import SPECS, adam_step_
+from .sharded_optimizer import ShardedStep
+
+
+def trust_ratio(norm: Tensor, other: Tensor) -> Tensor:
+    """``norm / other``; 1 where either is 0, so that a parameter of zeros moves and a step of zeros stays one."""
+    return torch.where((norm > 0) & (other > 0), norm / other, 1)
+
+
+def lamb(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+    """``p ← p - lr · ‖p‖ / ‖r‖ · r`` with ``r = m̂ / (√v̂ + ε) + λp``; returns ``p``.
+
+    State as of :func:`adam_step_`; updated.
+
+    Source: You et al. 2019, algorithm 2, https://arxiv.org/abs/1904.00962
+    """
+    r = adam_step_((p * group["weight_decay"]).contiguous(), g, s, group)
+    s.step.add_(1)
+    p_norm, r_norm = yield lay.norm(p), lay.norm(r)
+    return p.addcmul_(r, -float(group["lr"]) * trust_ratio(p_norm, r_norm))
+
+
+def lars(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+    """``v ← μv + η‖p‖ / (‖g‖ + λ‖p‖) · (g + λp)``. State: ``momentum_buffer`` v, (B, *shard); updated.
+
+    Source: You et al. 2017, algorithm 1, https://arxiv.org/abs/1708.03888
+    """
+    decay, eta = group["weight_decay"], group["trust_coefficient"]
+    p_norm, g_norm = yield lay.norm(p), lay.norm(g)
+    ratio = trust_ratio(eta * p_norm, g_norm + decay * p_norm)
+    return s.momentum_buffer.mul_(group["momentum"]).addcmul_(g, ratio).addcmul_(p, decay * ratio)
+
+
+class Lamb(GlobalClip, Optimizer):  # type: ignore[misc]
+    """LAMB: Adam's direction plus weight decay, scaled to the norm of the parameter.
+
+    Args:
+        params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
+        lr: Learning rate: the length of a step by the length of the parameter.
+        betas: Decays of the running means of the gradient and its square, in [0, 1).
+        eps: Added to the denominator.
+        weight_decay: λ ≥ 0; part of the direction whose norm counts.
+        max_grad_norm: Use gradients scaled so that their norm, over all parameters of this optimizer in the whole model, is
+            at most this; ``.grad`` is left as it is. None or 0: as they are.
+        pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded, and for ``max_grad_norm``
+            over pipeline stages, of which each must then have a parameter here.
+
+    Raises:
+        ValueError: for an argument out of range.
+
+    Source: You et al. 2019, algorithm 2 with φ(x) = x, https://arxiv.org/abs/1904.00962
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        check_adam(lr, betas, eps, weight_decay)
+        non_negative("max_grad_norm", max_grad_norm or 0.0)
+        self.pg_collection = pg_collection
+        self.max_norm = max_grad_norm or None
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.take_state()
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """``exp_avg``, ``exp_avg_sq`` like the parameter; ``step`` a scalar."""
+        return SPECS
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """Algorithm 2, of gradients that may have been scaled."""
+        scale = self.scale
+        return lamb if scale is None else lambda p, g, s, lay, group: lamb(p, g * scale, s, lay, group)
+
+    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
+        keep_new_(p, update)
+
+
+class Lars(ShardedStep, Optimizer):  # type: ignore[misc]
+    """LARS: SGD with momentum, its gradient scaled to a fraction of the norm of the parameter.
+
+    The learning rate stands outside of the momentum, as in ``torch.optim.SGD``; the paper's stands inside.
+
+    Args:
+        params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
+        lr: Learning rate.
+        momentum: μ, in [0, 1).
+        weight_decay: λ ≥ 0.
+        trust_coefficient: η ≥ 0.
+        pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded.
+
+    Raises:
+        ValueError: for an argument out of range.
+
+    Source: You et al. 2017, algorithm 1, https://arxiv.org/abs/1708.03888
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        non_negative("lr", float(lr))
+        fraction("momentum", momentum)
+        non_negative("weight_decay", weight_decay)
+        non_negative("trust_coefficient", trust_coefficient)
+        self.pg_collection = pg_collection
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient})
+        self.take_state()
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """``momentum_buffer`` like the parameter."""
+        return {"momentum_buffer": StateSpec("*")}
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """Algorithm 1."""
+        return lars
