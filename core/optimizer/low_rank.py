@@ -1,0 +1,213 @@
+"""APOLLO: the size of Adam's step per channel, estimated in a low-rank projection of the gradient."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..layout import Layout, Rule
+from ..process_groups_config import ProcessGroupCollection
+from ..state import StateSpec
+from .adam import check_adam
+from .buckets import RuleFunction
+from .checks import choice, non_negative
+from .moments import bias_correction
+from .projectors import Drawn, Orthonormalize, Projector, Sides, projection, projection_specs
+from .sharded_optimizer import ShardedStep
+
+GROWTH = 1.01
+"""Largest growth of the update's norm from step to step."""
+
+
+class Apollo(ShardedStep, Optimizer):  # type: ignore[misc]
+    """SGD whose gradient is scaled, channel by channel, as Adam would scale it in a random subspace.
+
+    With P (d, rank) for the shorter side d of the whole matrix, and G turned so that d comes first (algorithm 1):
+    ``R = PᵀG``; ``M ← β1·M + (1-β1)·R``; ``V ← β2·V + (1-β2)·R²``; ``R̃ = M / (√V + ε)``;
+    ``U = √scale · G · ‖R̃[:, j]‖ / ‖R[:, j]‖``, its norm limited to 1.01 times that of the step before;
+    ``W ← (1 - lr·wd)·W - lr · √(1-β2ᵗ)/(1-β1ᵗ) · U``.
+
+    Args:
+        params: 2-D parameters, or parameter groups; DTensors or plain tensors.
+        lr: Learning rate.
+        betas: β1, β2, in [0, 1).
+        eps: ε ≥ 0.
+        weight_decay: wd ≥ 0, decoupled.
+        rank: Directions that the state keeps, from 1 to the shorter side of every parameter.
+        scale: Factor of the update, under a root.
+        scale_front: Limit the norm after the scale instead of before it.
+        update_steps: Steps between projections, at least 1.
+        mini: One factor for the whole matrix, not one for each channel.
+        projector: ``normal`` or ``orthogonal``: random; no state. ``online_pca``: fitted to the gradient; kept as state.
+        pca_orthonormalize: What online PCA does to P after each of its steps: ``qr``, ``norm`` of the columns, or ``none``.
+            ``none`` oscillates where one direction holds more than half of the gradient's energy, and then amplifies
+            round-off, so that layouts drift apart.
+        lazy: Draw a random projection again in every step instead of keeping it in memory until the next one is due.
+        seed: Of the projections, which depend on it, the parameter's name and the step alone.
+        decay_after: Decay the new weights, as the authors' code does, instead of the old ones.
+        pg_collection: Process groups; needed when plain tensors are sharded.
+
+    A norm of exactly 0, of a first gradient of zeros, does not limit the next.
+
+    Raises:
+        ValueError: for an argument out of range, a parameter that is not 2-D, or one shorter than ``rank``.
+
+    Source: Zhu et al. 2024, https://arxiv.org/abs/2412.05270; the limiter: Chen et al. 2024, https://arxiv.org/abs/2410.01623
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        rank: int = 1,
+        scale: float = 1.0,
+        scale_front: bool = False,
+        update_steps: int = 10,
+        mini: bool = False,
+        projector: Projector = "normal",
+        pca_orthonormalize: Orthonormalize = "qr",
+        lazy: bool = True,
+        seed: int = 0,
+        decay_after: bool = False,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        check_adam(lr, betas, eps, weight_decay)
+        non_negative("scale", scale)
+        if update_steps < 1:
+            raise ValueError(f"update_steps={update_steps} must be at least 1.")
+        choice("projector", projector, get_args(Projector))
+        choice("pca_orthonormalize", pca_orthonormalize, get_args(Orthonormalize))
+        self.pg_collection = pg_collection
+        self._drawn: Drawn = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "scale": scale,
+            "scale_front": scale_front,
+            "update_steps": update_steps,
+            "mini": mini,
+            "projector": projector,
+            "pca_orthonormalize": pca_orthonormalize,
+            "lazy": lazy,
+            "seed": seed,
+            "decay_after": decay_after,
+        }
+        super().__init__(params, defaults)
+        self.take_state()
+
+    @classmethod
+    def mini(cls, params: ParamsT, **kwargs: Any) -> "ApolloMini":
+        """APOLLO-Mini; arguments of :class:`ApolloMini`."""
+        return ApolloMini(params, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; refuses parameters that have no projection of this rank before they are added."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            shape = self.layout(p).shape
+            if not 1 <= group["rank"] <= min(shape):
+                error = (
+                    f"{self._name(p)}: rank={group['rank']} must be from 1 to {min(shape)}, the shorter side of the whole matrix "
+                    f"{shape}; lower it, or give this parameter to an elementwise optimizer (adamw)."
+                )
+                self.param_groups.pop()
+                raise ValueError(error)
+
+    def layout(self, p: Tensor) -> Layout:
+        """Where ``p`` lives."""
+        if p.ndim != 2:
+            raise ValueError(
+                f"{self._name(p)}: {type(self).__name__} projects matrices, but this parameter has shape {tuple(p.shape)}; "
+                f"give it to an elementwise optimizer (adamw)."
+            )
+        return super().layout(p)
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """``exp_avg``, ``exp_avg_sq`` (rank, longer side); ``update_norm``, ``step`` scalars; ``projection`` of online PCA."""
+        sides = Sides.of(layout)
+        moment = StateSpec("r" + sides.letter(sides.kept), rank=group["rank"])
+        return {
+            "step": StateSpec("", dtype=torch.float32, host=True),
+            "exp_avg": moment,
+            "exp_avg_sq": moment,
+            "update_norm": StateSpec(""),
+            **projection_specs(group, layout),
+        }
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """Algorithm 1."""
+        return self._apollo
+
+    def _apollo(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+        (beta1, beta2), sides = group["betas"], Sides.of(lay)
+        x = sides.turned(g)  # (B, d, k)
+        s.step.add_(1)
+        basis = yield projection(x, s, lay, group, self._drawn)
+        r = yield lay.across(basis.mT @ x, sides.projected)  # (B, rank, k)
+        s.exp_avg.lerp_(r, 1 - beta1)
+        s.exp_avg_sq.lerp_(r.square(), 1 - beta2)
+        normed = s.exp_avg / (s.exp_avg_sq.sqrt() + group["eps"])
+        squares = torch.stack([normed, r], -1).square().sum(-3, keepdim=True)  # (B, 1, k, 2)
+        if group["mini"]:
+            squares = yield lay.across(squares.sum(-2, keepdim=True), sides.kept)
+        after, before = squares.sqrt().unbind(-1)
+        u = x * (after / (before + 1e-8))
+        front, back = (math.sqrt(group["scale"]), 1.0) if group["scale_front"] else (1.0, math.sqrt(group["scale"]))
+        u = front * u
+        u = (yield _limit_growth(u, s.update_norm, lay)) * back
+        u = sides.turned(u * (bias_correction(beta2, s.step, u).sqrt() / bias_correction(beta1, s.step, u)))
+        return u + group["weight_decay"] * (p - float(group["lr"]) * u if group["decay_after"] else p)
+
+
+def _limit_growth(u: Tensor, last: Tensor, lay: Layout) -> Rule:
+    """``u`` scaled down to 1.01 times the norm ``last`` (B,), which becomes the new one. Chen et al. 2024, section 3.3."""
+    norm = yield lay.norm(u)
+    before = last.view_as(norm)
+    limiter = torch.where(before > 0, (norm / (before + 1e-8)).clamp_min(GROWTH) / GROWTH, 1.0)
+    last.copy_((norm / limiter).view_as(last))
+    return u / limiter
+
+
+class ApolloMini(Apollo):
+    """APOLLO with rank 1, one factor a matrix and ``scale`` 128: about the memory of SGD. Arguments as :class:`Apollo`.
+
+    Source: Zhu et al. 2024, section 4.2, https://arxiv.org/abs/2412.05270
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        scale: float = 128.0,
+        update_steps: int = 10,
+        projector: Projector = "normal",
+        seed: int = 0,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            rank=1,
+            scale=scale,
+            update_steps=update_steps,
+            mini=True,
+            projector=projector,
+            seed=seed,
+            pg_collection=pg_collection,
+        )
