@@ -1,0 +1,78 @@
+"""Roots, eigenvectors, norms and rotations of square matrices."""
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+ROTATION = 1 / 8
+"""Largest rotation, in units of the norm of its generator, for which the second-order exponential is taken."""
+
+
+def eigen(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), rising, and eigenvectors (n, n), in columns, of the symmetric matrix ``a`` (n, n)."""
+    try:
+        values, vectors = torch.linalg.eigh(a)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # In float32 LAPACK does not always get through many nearly equal eigenvalues, as low-rank statistics have.
+        values, vectors = torch.linalg.eigh(a.double())
+    return values.to(a.dtype), vectors.to(a.dtype)
+
+
+def inverse_root(a: Tensor, order: int, *, eps: float) -> Tensor:
+    """(A + eps·I)^(-1/order) of a positive semidefinite matrix.
+
+    Args:
+        a: (n, n), symmetric; float32 or float64.
+        order: Which root.
+        eps: Above 0: an eigenvalue of 0 has no inverse.
+
+    Returns:
+        (n, n), symmetric.
+    """
+    values, vectors = eigen(a)
+    # Rounding leaves eigenvalues of 0 slightly negative.
+    roots = values.clamp_min(0).add(eps).pow(-1 / order)
+    return (vectors * roots) @ vectors.mT
+
+
+# emerging-optimizers has the next two for one matrix and with torch's generator, which other draws move on.
+
+
+def norm_lower_bound(a: Tensor, probe: Tensor) -> Tensor:
+    """A lower bound, (N,), on the spectral norms of symmetric or skew-symmetric ``a`` (N, d, d), mostly a close one.
+
+    Power iterations on vectors around the longest row; ``probe`` is standard normal, (N, 4, d).
+
+    Source: github.com/lixilinx/psgd_torch
+    """
+    tiny = torch.finfo(a.dtype).tiny
+    scale = a.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
+    a = a / scale
+    energy, longest = a.square().mean(-1).max(-1, keepdim=True)
+    row = a.take_along_dim(longest.unsqueeze(-1), 1) * energy.clamp_min(tiny).rsqrt().unsqueeze(-1)
+    x = (row + probe) @ a
+    for _ in range(5):
+        x = (x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)) @ a
+    x = (x / vector_norm(x, dim=-1, keepdim=True).clamp_min(tiny)) @ a
+    longest_image: Tensor = vector_norm(x, dim=-1).amax(-1)
+    return longest_image * scale.flatten()
+
+
+def rotate_towards_symmetry(q: Tensor, probe: Tensor) -> Tensor:
+    """exp(a·R)·Q to second order, R = (Qᵀ - Q)/‖Qᵀ - Q‖: a step towards the rotation of Q that is nearest to I.
+
+    QᵀQ stays what it is. ``a`` ≤ 1/8 maximizes the trace of the result along R.
+
+    Args:
+        q: (N, d, d).
+        probe: Standard normal, (N, 4, d).
+
+    Source: github.com/lixilinx/psgd_torch (the Procrustes step)
+    """
+    r = q.mT - q
+    r /= norm_lower_bound(r, probe).clamp_min(torch.finfo(q.dtype).tiny)[:, None, None]
+    rq = r @ q
+    rrq = r @ rq
+    slope, curvature = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (rq, rrq))
+    a = torch.where(curvature < 0, (-slope / curvature).clamp(0, ROTATION), ROTATION)[:, None, None]
+    return q + a * (rq + a / 2 * rrq)
