@@ -41,7 +41,7 @@ def coefficients(coefficient_type: str, steps: int) -> Coefficients:
 
 
 def newton_schulz(
-    x: Tensor, lay: Layout, *, coefs: Coefficients, precision: str, scale: float = 1.0
+    x: Tensor, lay: Layout, *, coefs: Coefficients, precision: str, scale: float = 1.0, eps: float = 0.0
 ) -> Generator[Any, Any, Tensor]:
     """``scale`` times the orthogonalization of each whole matrix.
 
@@ -51,6 +51,7 @@ def newton_schulz(
         coefs: Polynomial of each iteration.
         precision: Arithmetic of float32 products: ``highest``, ``high`` or ``medium`` (:mod:`.precision`).
         scale: Factor of the result.
+        eps: Added to the Frobenius norm that the matrix is divided by at first.
 
     Returns:
         Laid out as ``x``, in its dtype.
@@ -59,12 +60,16 @@ def newton_schulz(
     """
     long = lay.long_dim
     if lay.is_whole and len(x) > 1 and is_large(x if long == -1 else x.mT):
-        alone = [newton_schulz(one, lay, coefs=coefs, precision=precision, scale=scale) for one in x.split(1)]
+        alone = [newton_schulz(one, lay, coefs=coefs, precision=precision, scale=scale, eps=eps) for one in x.split(1)]
         return torch.cat((yield alone))
     arithmetic = partial(matmul_precision, precision, x.device)
     if lay.is_whole and (x.dtype == torch.bfloat16 or max(lay.shape) < 1.25 * min(lay.shape)):
         with arithmetic():
-            return _classic(x, coefs, scale) if long == -1 else _transposed(_classic(_transposed(x), coefs, scale))
+            return (
+                _classic(x, coefs, scale, eps)
+                if long == -1
+                else _transposed(_classic(_transposed(x), coefs, scale, eps))
+            )
     # Never a bfloat16 Gram: its rounding is multiplied by a^2 in every iteration and overflows.
     wide = x if x.dtype == torch.float64 else x.float()
     inv = wide.new_ones(())
@@ -75,7 +80,7 @@ def newton_schulz(
         r = yield lay.across(gram, long)
         if first:
             # The trace of the Gram matrix is the squared Frobenius norm.
-            inv = r.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].sqrt().clamp_min(EPS).reciprocal()
+            inv = r.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].sqrt().add(eps).clamp_min(EPS).reciprocal()
             r = r * inv.square()
         with arithmetic():
             q = _gram_polynomial(r, steps)
@@ -91,7 +96,7 @@ def flops(m: int, n: int) -> float:
     return 6.0 * m * m * n + 14.0 * m**3
 
 
-def _classic(x: Tensor, coefs: Coefficients, scale: float) -> Tensor:
+def _classic(x: Tensor, coefs: Coefficients, scale: float, eps: float) -> Tensor:
     """(B, m, n) with m ≤ n, in the dtype of ``x``."""
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.promote_types(x.dtype, torch.float32))
     # The norm goes into the first iteration's factors: dividing x by it would round every entry once more. One matrix
@@ -101,7 +106,7 @@ def _classic(x: Tensor, coefs: Coefficients, scale: float) -> Tensor:
     wide = x.to(norms.dtype) if small else x
     first = [
         _step(wide[i : i + 1], coefs[0], 1 / norm, scale if len(coefs) == 1 else 1.0)
-        for i, norm in enumerate(norms.clamp_min(EPS).tolist())
+        for i, norm in enumerate(norms.add(eps).clamp_min(EPS).tolist())
     ]
     x = (torch.cat(first) if len(first) > 1 else first[0]).to(x.dtype)
     for i, abc in enumerate(coefs[1:], 2):

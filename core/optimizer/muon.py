@@ -60,6 +60,9 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
     Source: https://kellerjordan.github.io/posts/muon/
     """
 
+    kind = "matrix"
+    modes = ("duplicated", "distributed", "owner")
+
     def __init__(
         self,
         params: ParamsT,

@@ -1,0 +1,106 @@
+"""Muon by optax's rule: bias-corrected momentum, and a step that may be scaled by how well it is aligned."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..layout import Layout, Rule
+from ..linalg.newton_schulz import newton_schulz
+from ..process_groups_config import ProcessGroupCollection
+from ..state import StateSpec
+from . import orthogonal
+from .buckets import RuleFunction
+from .checks import non_negative
+from .moments import bias_correction
+from .muon import TensorParallelMuon
+
+
+class OptaxMuon(TensorParallelMuon):
+    """Muon as ``optax.contrib.muon`` has it, on shards.
+
+    ``M ← βM + (1-β)G``; ``U = βM/(1-βᵗ⁺¹) + (1-β)G/(1-βᵗ)`` with Nesterov, else ``M/(1-βᵗ)``; ``O = NS(U/(‖U‖+ε))``, times
+    ``⟨U, O⟩`` when adaptive; ``W ← (1 - lr·wd)·W - lr·√max(1, m/n)·O`` for a weight of m outputs and n inputs.
+
+    Args:
+        params: 2-D parameters, or parameter groups. DTensors, or plain tensors with Megatron's attributes.
+        lr: Learning rate.
+        momentum: β, in [0, 1).
+        nesterov: Look one step ahead.
+        weight_decay: wd ≥ 0, decoupled.
+        adaptive: Scale each step by ⟨U, O⟩, its dual norm.
+        eps: ε ≥ 0.
+        coefficient_type: Set of Newton-Schulz coefficients; ``simple`` is optax's.
+        num_ns_steps: Newton-Schulz iterations.
+        fp32_matmul_prec: As :class:`TensorParallelMuon`; optax computes in the dtype that it is given.
+        pg_collection: Process groups; needed when plain tensors are sharded or replicated.
+        tp_mode: As :class:`TensorParallelMuon`.
+
+    Raises:
+        ValueError: as :class:`TensorParallelMuon`.
+
+    Source: https://kellerjordan.github.io/posts/muon/, in the form of optax.contrib.muon; the adaptive scale is the dual norm
+    of Bernstein & Newhouse 2024, https://arxiv.org/abs/2409.20325
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        adaptive: bool = False,
+        eps: float = 1e-8,
+        coefficient_type: str = "simple",
+        num_ns_steps: int = 5,
+        fp32_matmul_prec: str = "highest",
+        pg_collection: ProcessGroupCollection | None = None,
+        tp_mode: Literal["blockwise", "duplicated", "distributed", "owner"] = "owner",
+    ) -> None:
+        non_negative("eps", eps)
+        self.adaptive, self.eps = adaptive, eps
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            nesterov,
+            weight_decay,
+            coefficient_type=coefficient_type,
+            num_ns_steps=num_ns_steps,
+            fp32_matmul_prec=fp32_matmul_prec,
+            scale_mode="shape_scaling",
+            pg_collection=pg_collection,
+            tp_mode=tp_mode,
+        )
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """``momentum_buffer`` like the parameter; ``step`` a scalar."""
+        return {**super().state_specs(group, layout), "step": StateSpec("", dtype=torch.float32, host=True)}
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """The rule above."""
+        return self._optax
+
+    def _optax(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+        beta = group["momentum"]
+        s.step += 1
+        s.momentum_buffer.lerp_(g, 1 - beta)
+        u = s.momentum_buffer / bias_correction(beta, s.step + self.nesterov, g)
+        if self.nesterov:
+            u = beta * u + (1 - beta) * g / bias_correction(beta, s.step, g)
+        o = (yield self._orthogonal(u, lay, scaled=False)).to(u.dtype)
+        scale = lay.per_part(self._scale, o)
+        if self.adaptive:
+            parts = lay.split_parts(u * o)
+            aligned = yield [part.sum(x) for x, part in parts]
+            scale = scale * lay.join_parts([a.expand_as(x) for a, (x, _) in zip(aligned, parts, strict=True)])
+        return o * scale
+
+    def _orthogonal(self, u: Tensor, lay: Layout, *, scaled: bool) -> Rule:
+        def fn(x: Tensor, matrix: Layout) -> Rule:
+            return newton_schulz(x, matrix, coefs=self._coefs, precision=self.fp32_matmul_prec, eps=self.eps)
+
+        return orthogonal.orthogonal(u, lay, fn, mode=self.tp_mode, precision=self.fp32_matmul_prec)
