@@ -1,6 +1,5 @@
 """MARS: Adam on gradients from which some of the noise is taken by comparing them with the ones before."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from .adam import check_adam
 from .buckets import RuleFunction
 from .checks import choice, non_negative
 from .clip import GlobalClip
-from .factored import blocks, keep_new_, rms
+from .factored import blocks, keep_new_
 from .fused_adam import SPECS, adam_step_
 
 CLIPS = ("global", "tensor")
@@ -85,8 +84,8 @@ class Mars(GlobalClip, Optimizer):  # type: ignore[misc]
     def _mars(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
         scale = self.scale
         if self.max_tensor_norm is not None:
-            size = yield rms((c for _, c in corrected(g, s.previous_grad, group)), lay)
-            scale = (self.max_tensor_norm / (size * math.sqrt(math.prod(lay.shape)))).clamp(max=1)
+            norm = yield lay.norm(torch.lerp(s.previous_grad, g, look_ahead(group)))
+            scale = (self.max_tensor_norm / norm).clamp(max=1)
         p = p.contiguous()
         for at, c in corrected(g, s.previous_grad, group):
             s.previous_grad[at] = g[at]
@@ -101,6 +100,11 @@ class Mars(GlobalClip, Optimizer):  # type: ignore[misc]
 
 def corrected(g: Tensor, previous: Tensor, group: Mapping[str, Any]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
     """``c = g + γβ₁/(1-β₁)·(g - g₋)`` of stacks (B, *shard), as new tensors: each block, and where it is."""
-    beta1 = group["betas"][0]
     for at in blocks(previous):
-        yield at, torch.lerp(previous[at], g[at].to(previous.dtype), 1 + group["gamma"] * beta1 / (1 - beta1))
+        yield at, torch.lerp(previous[at], g[at].to(previous.dtype), look_ahead(group))
+
+
+def look_ahead(group: Mapping[str, Any]) -> float:
+    """How far beyond the gradient, seen from the one before it, c lies: ``1 + γβ₁/(1-β₁)``."""
+    beta1 = float(group["betas"][0])
+    return 1 + float(group["gamma"]) * beta1 / (1 - beta1)
