@@ -2,12 +2,19 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+import torch
 
+from core.optimizer import emerging_optimizers
+from core.optimizer.emerging_optimizers import EmergingOptimizerEntry, get_optimizer, register_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
-from tools.arguments import FLAGS, Arguments, flag_of, parse_arguments
+from tools.arguments import FLAGS, Arguments, flag_of, parse_arguments, setting_flags
+from tools.resume import changed_flags
+from tools.rules import check_rules, optimizer_config
 from tools.usage import UsageError
+from tools.validation import gpt_config
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 
@@ -39,6 +46,91 @@ def test_without_flags_the_defaults_hold_and_are_valid_themselves():
     for name, flag in FLAGS.items():
         default = getattr(Arguments(), name)
         assert flag.convert(list(default) if flag.many else default, flag_of(name)) == default
+
+
+@pytest.fixture
+def toy():
+    """Registers an optimizer with settings of every kind."""
+
+    class Toy(torch.optim.SGD):
+        def __init__(
+            self,
+            params: Any,
+            lr: float = 0.1,
+            weight_decay: float = 0.0,
+            betas: tuple[float, float] = (0.9, 0.99),
+            weights: tuple[float, ...] = (),
+            rank: int | None = 4,
+            exact: bool = False,
+            side: Literal["left", "right"] = "left",
+            mu_dtype: torch.dtype | None = None,
+        ) -> None:
+            self.given = (betas, weights, rank, exact, side, mu_dtype)
+            super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    def ready(optimizer, config=None):
+        pass
+
+    register_optimizer("toy", EmergingOptimizerEntry(Toy, init_state_fn=ready, default_param_overrides={}))
+    yield "toy"
+    del emerging_optimizers._EMERGING_OPTIMIZERS["toy"]
+
+
+def test_settings_of_optimizers_are_flags_and_keys_and_reach_them(toy, config):
+    file = config("optimizer: toy\ntoy_betas: [0.8, 0.9]\ntoy_rank: null\ntoy_exact: true\ntoy_side: right\n")
+    line = "--toy-betas 5e-1 0.75 --no-toy-exact --toy-weights -1e-3 2 --toy-mu-dtype bfloat16"
+    args = parse_arguments([*file, *line.split()])
+    assert args.settings == {
+        "toy_betas": (0.5, 0.75),
+        "toy_rank": None,
+        "toy_exact": False,
+        "toy_side": "right",
+        "toy_weights": (-0.001, 2.0),
+        "toy_mu_dtype": "bfloat16",
+    }
+    assert len({args, args}) == 1
+    made = get_optimizer(optimizer_config(args), [torch.nn.Linear(2, 2)]).members["toy"]
+    assert made.given == ((0.5, 0.75), (-0.001, 2.0), None, False, "right", torch.bfloat16)
+    assert parse_arguments(["--optimizer", "toy"]).settings == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--toy-betas 0.9", r"--toy-betas \[0.9\]: takes 2 values, not 1; possible: a number"),
+        ("--toy-betas 0.9 x", "--toy-betas 'x': is not a number"),
+        ("--toy-rank 1 2", r"--toy-rank \[1, 2\]: takes one value, not 2; possible: a whole number"),
+        ("--toy-side up", "--toy-side 'up': unknown; possible: left, right"),
+        ("--toy-mu-dtype bf16", "possible: float16, bfloat16"),
+        ("--toy-exact 1", "1: belongs to no flag"),
+        ("--toy-betta 1 2", "--toy-betta: is an unknown flag; hint: did you mean '--toy-betas'"),
+        ("--toy-lr 1", "--toy-lr: is an unknown flag"),
+    ],
+)
+def test_broken_settings(toy, line, said):
+    with pytest.raises(UsageError, match=said):
+        parse_arguments(line.split())
+
+
+def test_a_setting_of_an_optimizer_that_has_no_parameters_is_refused(toy):
+    def check(*line: str) -> None:
+        args = parse_arguments(["--toy-rank", "3", *line])
+        check_rules(args, gpt_config(args, vocab_size=264))
+
+    said = "--toy-rank 3: is a setting of toy, and this run uses only adamw; hint: .*--optimizer toy"
+    with pytest.raises(UsageError, match=said):
+        check("--optimizer", "adamw")
+    check("--optimizer", "toy")
+    check("--optimizer", "adamw", "--param-override", "*.bias=toy")
+
+
+def test_a_resumed_run_tells_settings_that_changed(toy):
+    args = parse_arguments(["--toy-betas", "0.5", "0.75", "--toy-side", "right"])
+    saved = {"settings": {"toy_betas": [0.5, 0.7], "toy_side": "right", "toy_rank": 2}}
+    assert changed_flags(saved, args) == [
+        "--toy-betas was [0.5, 0.7] and is now [0.5, 0.75]",
+        "--toy-rank was 2 and is now left out",
+    ]
 
 
 def test_flags_have_megatrons_names():
@@ -152,3 +244,14 @@ def test_help_names_every_flag(capsys):
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert all(flag_of(name) in said for name in FLAGS)
+    for optimizer, flags in setting_flags().items():
+        assert all(flag_of(name) in said for name in flags), optimizer
+
+
+def test_help_groups_settings_by_optimizer(toy, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    own = capsys.readouterr().out.partition("settings of toy:")[2]
+    assert "--toy-betas VALUE" in own
+    assert "betas (default: 0.9 0.99)" in own
+    assert "--no-toy-exact" in own

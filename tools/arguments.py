@@ -2,18 +2,21 @@
 
 `Arguments` is the one list of them: the field ``muon_tp_mode`` is the flag ``--muon-tp-mode`` and a key of the YAML
 file. Values from either place go through the same checks. The command line wins over the file, the file over the
-defaults.
+defaults. Below them come the settings of the registered optimizers that have no field: ``lion_betas`` is the flag
+``--lion-betas``, read from the constructor.
 """
 
 import argparse
 import dataclasses
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.optimizer.emerging_optimizers import get_supported_coefficient_types, list_optimizers
+from core.optimizer.emerging_optimizers import get_supported_coefficient_types, list_optimizers, settings_of
+from core.optimizer.settings import Setting
 from core.schedule import DECAY_STYLES, WSD_DECAY_STYLES
 
 from .flags import NOT_NEGATIVE, POSITIVE, SHARE, Flag, count, number, switch, text, words
@@ -114,8 +117,44 @@ class Arguments:
     log_interval: int = count(1, "steps between logged lines")
     config: str | None = text(None, "YAML file of these flags, with underscores; the command line wins")
 
+    # settings of optimizers that are no field above: those that were given
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
-FLAGS: dict[str, Flag] = {field.name: field.metadata["flag"] for field in dataclasses.fields(Arguments)}
+
+FLAGS: dict[str, Flag] = {
+    field.name: field.metadata["flag"] for field in dataclasses.fields(Arguments) if "flag" in field.metadata
+}
+
+
+def setting_flags(given: Iterable[str] | None = None) -> dict[str, dict[str, Flag]]:
+    """Optimizer -> name -> flag, for every setting that is no field of `Arguments`; shared ones with each optimizer.
+
+    With ``given`` only of optimizers that one of these names may belong to: importing them all takes seconds.
+    """
+    return {
+        optimizer: {name: _flag(setting) for name, setting in settings_of(optimizer).items() if name not in FLAGS}
+        for optimizer in list_optimizers()
+        if given is None or any(name.startswith(f"{optimizer}_") for name in given)
+    }
+
+
+def _all_names() -> list[str]:
+    return [*FLAGS, *(name for flags in setting_flags().values() for name in flags)]
+
+
+def _flag(setting: Setting) -> Flag:
+    about = setting.argument.replace("_", " ")
+    if setting.default not in (None, inspect.Parameter.empty):
+        values = setting.default if isinstance(setting.default, tuple) else (setting.default,)
+        about += f" (default: {' '.join(map(str, values))})"
+    return Flag(
+        about,
+        setting.kind,
+        choices=setting.choices,
+        many=setting.many,
+        length=setting.length,
+        optional=setting.optional,
+    )
 
 
 def flag_of(name: str) -> str:
@@ -129,18 +168,33 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises:
         UsageError: an unknown flag or key, or a value that the flag alone already rules out.
     """
-    given = vars(_parser().parse_args(_join_numbers(sys.argv[1:] if argv is None else argv)))
+    argv = sys.argv[1:] if argv is None else argv
+    groups = setting_flags(None if {"-h", "--help"} & {*argv} else [_name_of(word) for word in argv])
+    given = vars(_parser(groups).parse_args([_hide_sign(word) for word in argv]))
     values: dict[str, Any] = {}
     if "config" in given:
         path = FLAGS["config"].convert(given["config"], "--config")
-        for key, raw in read_yaml(Path(path)).items():
+        content = read_yaml(Path(path))
+        flags = _together(setting_flags(content))
+        for key, raw in content.items():
             source = f"{key} in {path}"
-            if key not in FLAGS or key == "config":
-                hint = nearest(key, FLAGS) or "keys are flag names with underscores"
+            if key not in flags or key == "config":
+                hint = nearest(key, _all_names()) or "keys are flag names with underscores"
                 raise UsageError(source, None, "unknown key", hint=hint)
-            values[key] = FLAGS[key].convert(raw, source)
-    values |= {name: FLAGS[name].convert(raw, flag_of(name)) for name, raw in given.items()}
-    return Arguments(**values)
+            values[key] = flags[key].convert(raw, source)
+    flags = _together(groups)
+    values |= {name: flags[name].convert(raw, flag_of(name)) for name, raw in given.items()}
+    settings = {name: values.pop(name) for name in [*values] if name not in FLAGS}
+    return Arguments(**values, settings=settings)
+
+
+def _together(groups: Mapping[str, Mapping[str, Flag]]) -> dict[str, Flag]:
+    return FLAGS | {name: flag for group in groups.values() for name, flag in group.items()}
+
+
+def _name_of(word: str) -> str:
+    """``--no-lion-x=1`` -> ``lion_x``."""
+    return word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,50 +203,54 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
+            known = [flag_of(name) for name in _all_names()]
             problem = "is an unknown flag" if word.startswith("-") else "belongs to no flag"
             raise UsageError(word, None, problem, hint=nearest(word, known) or "see --help")
         flag, _, problem = message.removeprefix("argument ").rpartition(": ")
         raise UsageError(flag or "command line", None, problem, hint="see --help")
 
 
-def _parser() -> _Parser:
+def _parser(groups: Mapping[str, Mapping[str, Flag]]) -> _Parser:
     parser = _Parser(
         prog="python -m tools.pretrain", allow_abbrev=False, description="Train a GPT on any TP x PP x DP layout."
     )
     defaults = Arguments()
     for name, flag in FLAGS.items():
-        option, default = flag_of(name), getattr(defaults, name)
+        default = getattr(defaults, name)
         about = flag.help + (f" (default: {default})" if default not in (None, ()) else "")
-        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        if flag.kind is bool:
-            off = ["--no-" + option[2:]]
-            if option.startswith("--muon-"):
-                off.append(option.replace("--muon-", "--muon-no-"))
-            parser.add_argument(option, action="store_const", const=True, help=about, **common)
-            parser.add_argument(*off, action="store_const", const=False, help="the opposite", **common)
-            continue
-        # Flags of one value take many here too: `Flag.convert` says more clearly what is wrong with that.
-        action = "extend" if flag.many else "store"
-        parser.add_argument(option, nargs="+", action=action, metavar="VALUE", help=about.replace("%", "%%"), **common)
+        _add(parser, name, flag, about, "extend" if flag.many else "store")
+    added: set[str] = set()
+    for optimizer, flags in groups.items():
+        if new := {name: flag for name, flag in flags.items() if name not in added}:
+            group = parser.add_argument_group(f"settings of {optimizer}")
+            for name, flag in new.items():
+                _add(group, name, flag, flag.help, "store")
+            added |= new.keys()
     return parser
 
 
-def _join_numbers(argv: Sequence[str]) -> list[str]:
-    """``--lr -1e-3`` -> ``--lr=-1e-3``: argparse takes -1e-3 and -inf for flags."""
-    joined: list[str] = []
-    for word in argv:
-        if (
-            word.startswith("-")
-            and joined
-            and joined[-1].startswith("--")
-            and "=" not in joined[-1]
-            and _is_number(word)
-        ):
-            joined[-1] += "=" + word
-        else:
-            joined.append(word)
-    return joined
+def _add(parser: argparse._ActionsContainer, name: str, flag: Flag, about: str, action: str) -> None:
+    option = flag_of(name)
+    common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+    about = about.replace("%", "%%")
+    if flag.kind is bool and not flag.many:
+        off = ["--no-" + option[2:]]
+        if option.startswith("--muon-"):
+            off.append(option.replace("--muon-", "--muon-no-"))
+        parser.add_argument(option, action="store_const", const=True, help=about, **common)
+        parser.add_argument(*off, action="store_const", const=False, help="the opposite", **common)
+        return
+    # Flags of one value take many here too: `Flag.convert` says more clearly what is wrong with that.
+    parser.add_argument(option, nargs="+", action=action, type=_show_sign, metavar="VALUE", help=about, **common)
+
+
+def _hide_sign(word: str) -> str:
+    """``-1e-3`` -> `` -1e-3``: argparse takes -1e-3 and -inf for flags."""
+    return " " + word if word.startswith("-") and _is_number(word) else word
+
+
+def _show_sign(word: str) -> str:
+    return word.lstrip() if _is_number(word) else word
 
 
 def _is_number(word: str) -> bool:

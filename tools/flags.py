@@ -45,6 +45,7 @@ class Flag:
         kind: int, float, str or bool.
         choices: the only texts possible, or a function that lists them; empty: any.
         many: takes any number of values.
+        length: how many; None for any number.
         optional: may be left at None.
         hint: said when a value is refused.
     """
@@ -54,6 +55,7 @@ class Flag:
     range: Range = Range()
     choices: Choices = ()
     many: bool = False
+    length: int | None = None
     optional: bool = False
     hint: str = "see --help"
 
@@ -69,18 +71,17 @@ class Flag:
         Raises:
             UsageError: naming `source`.
         """
-        if self.many:
-            return tuple(self._one(item, source) for item in (raw if isinstance(raw, list) else [raw]))
-        if isinstance(raw, list):
-            if len(raw) != 1:
-                shown = "[" + ", ".join(map(str, raw)) + "]"
-                raise UsageError(
-                    source, shown, f"takes one value, not {len(raw)}", possible=self.possible, hint=self.hint
-                )
-            raw = raw[0]
         if raw is None and self.optional:
             return None
-        return self._one(raw, source)
+        given = raw if isinstance(raw, list) else [raw]
+        length = self.length if self.many else 1
+        if length not in (None, len(given)):
+            shown = "[" + ", ".join(map(str, given)) + "]"
+            count = "one value" if length == 1 else f"{length} values"
+            raise UsageError(source, shown, f"takes {count}, not {len(given)}", possible=self.possible, hint=self.hint)
+        if self.many:
+            return tuple(self._one(item, source) for item in given)
+        return self._one(given[0], source)
 
     def _one(self, raw: Any, source: str) -> Any:
         choices = self.choices() if callable(self.choices) else self.choices

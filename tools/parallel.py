@@ -225,14 +225,33 @@ class Engine:
         self._reduce_gradients()
         return self._sum(losses)
 
+    def sampled_step(self, batch: Tensor, seed: int) -> None:
+        """As `train_step`, for targets drawn from the model's own predictions; the same ones on every layout.
+
+        Args:
+            batch: As there; its last column is not used.
+            seed: Of the draws.
+        """
+        for model in self.model_chunks:
+            model.zero_grad(set_to_none=True)
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.rand(batch.shape[0], batch.shape[1] - 1, generator=generator, dtype=torch.float64)
+        self._run(batch, backward=True, draws=draws)
+        self._reduce_gradients()
+
     def eval_step(self, batch: Tensor) -> float:
         """As `train_step`, without gradients; those that exist are left alone."""
         with torch.no_grad():
             return self._sum(self._run(batch, backward=False))
 
-    def _run(self, batch: Tensor, *, backward: bool) -> list[Tensor]:
-        """The losses of this rank's micro-batches; none where the last stage is elsewhere."""
+    def _run(self, batch: Tensor, *, backward: bool, draws: Tensor | None = None) -> list[Tensor]:
+        """The losses of this rank's micro-batches; none where the last stage is elsewhere.
+
+        ``draws`` in [0, 1) (global batch, sequence) take the place of the targets: each picks one by its probability.
+        """
         tokens, targets = self._my_sequences(batch)
+        if draws is not None:
+            targets = draws.chunk(self.dp)[self._dp_rank].to(self.device)
         losses: list[Tensor] = []
         if self._schedule is not None:
             run = self._schedule.step if backward else self._schedule.eval
@@ -259,6 +278,8 @@ class Engine:
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """This micro-batch's share of the mean loss: shares and gradients add up over micro-batches and dp ranks."""
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        if targets.is_floating_point():
+            targets = _pick(logits.detach(), targets)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / (self.micro_batches * self.dp)
 
     def _my_sequences(self, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,6 +327,13 @@ def _ends(pipeline: ProcessGroup) -> ProcessGroup | None:
     ends = [ranks[0], ranks[-1]]
     # Ranks outside the pair, or outside the mesh, take no part in making it.
     return dist.new_group(ends, use_local_synchronization=True) if dist.get_rank() in ends else None
+
+
+def _pick(logits: Tensor, draws: Tensor) -> Tensor:
+    """For each draw in [0, 1) (batch, sequence), the class whose share of the cumulated probabilities holds it."""
+    shares = logits.double().softmax(-1).cumsum(-1)
+    found = torch.searchsorted(shares, draws.unsqueeze(-1), right=True).squeeze(-1)
+    return found.clamp_max(logits.shape[-1] - 1)  # the last share may end just below 1
 
 
 def _lay_out_gradient(param: nn.Parameter) -> None:

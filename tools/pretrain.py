@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from core.checkpoint import CheckpointError
 from core.optimizer.clip import NonFiniteGradientError
+from core.optimizer.sophia import Sophia
 from core.process_groups_config import ProcessGroupCollection
 
 from . import resume
@@ -36,14 +38,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch = Launch()
     try:
         launch = Launch.from_environ(os.environ)
-        args = parse_arguments(argv)
-        plan = validate(args, launch, Machine.here())
-        corpus = load_corpus(args.data_path)
-        check_rules(args, gpt_config(args, corpus.padded_vocab_size()))
+        args, plan, corpus = prepare(argv, launch)
         with process_group(args, launch, plan) as mesh:
             Job(args, plan, corpus, mesh, launch).run()
     except (UsageError, CheckpointError) as error:
         refuse(error, rank=launch.rank)
+
+
+def prepare(argv: Sequence[str] | None, launch: Launch) -> tuple[Arguments, Plan, Corpus]:
+    """All that comes before process groups and memory.
+
+    Raises:
+        UsageError: Something that was given does not fit.
+    """
+    args = parse_arguments(argv)
+    plan = validate(args, launch, Machine.here())
+    corpus = load_corpus(args.data_path)
+    check_rules(args, gpt_config(args, corpus.padded_vocab_size()))
+    return args, plan, corpus
 
 
 @contextmanager
@@ -103,6 +115,10 @@ class Job:
         start = resume.load(args, corpus, self.engine.model_chunks, self.optimizer)
         self.done, self.consumed = start.done, start.consumed
         self._say(*start.notes)
+        self.optimizer.train()
+        members = self.optimizer.members.items()
+        mine = [(name, m.estimator, m.hessian_interval) for name, m in members if isinstance(m, Sophia)]
+        self._curvatures = list(dict.fromkeys(gather(mine)))
         self.scheduler = make_scheduler(args, self.optimizer, self.done)
 
     def run(self) -> None:
@@ -129,9 +145,10 @@ class Job:
                 progress.show(row)
                 log.write(row)
             if args.save and self._is_due(args.save_interval or args.train_iters):
-                path = resume.save(
-                    args, self.corpus, self.engine.model_chunks, self.optimizer, self.done, self.consumed
-                )
+                with self._evaluating():
+                    path = resume.save(
+                        args, self.corpus, self.engine.model_chunks, self.optimizer, self.done, self.consumed
+                    )
                 progress.say(f"saved {path}")
         progress.close()
 
@@ -144,6 +161,7 @@ class Job:
         except NonFiniteGradientError as error:
             error.add_note(f"in step {self.done + 1}, with loss {loss}")
             raise
+        self._estimate_curvature(batch)
         self.optimizer.step()
         self.scheduler.step()
         self.done += 1
@@ -153,8 +171,39 @@ class Job:
     def _validate(self) -> float:
         """Mean loss of the same ``--eval-iters`` batches every time."""
         size = self.args.global_batch_size
-        losses = [self.engine.eval_step(self.valid.batch(i * size, size)) for i in range(self.args.eval_iters)]
+        with self._evaluating():
+            losses = [self.engine.eval_step(self.valid.batch(i * size, size)) for i in range(self.args.eval_iters)]
         return sum(losses) / len(losses)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The weights that the optimizer evaluates with, which schedule-free ones keep apart from those it trains."""
+        self.optimizer.eval()
+        yield
+        self.optimizer.train()
+
+    def _estimate_curvature(self, batch: Tensor) -> None:
+        """Let Sophia estimate the Hessian's diagonal on ``batch`` where it is time to; leaves gradients as they are."""
+        args = self.args
+        params = [p for model in self.engine.model_chunks for p in model.parameters()]
+        for name, estimator, interval in self._curvatures:
+            if self.done % interval:
+                continue
+            # A pipeline stage without a parameter for it takes part in the others' passes.
+            member = self.optimizer.members.get(name)
+            assert member is None or isinstance(member, Sophia)
+            gradients = [p.grad for p in params]
+            if estimator == "gnb":
+                self.engine.sampled_step(batch, seed=(args.seed << 32) + self.done)
+                if member:
+                    member.update_hessian(batch_size=args.global_batch_size * args.seq_length)
+            elif member:
+                member.update_hessian(lambda: self.engine.train_step(batch))
+            else:
+                for _ in range(2):
+                    self.engine.train_step(batch)
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
 
     def _is_due(self, interval: int) -> bool:
         """Whether something that happens every ``interval`` steps and after the last one happens now; 0: never."""

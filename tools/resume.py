@@ -19,6 +19,7 @@ from .data import Corpus
 _UNSAID = {
     *("save", "load", "save_interval", "log_dir", "log_interval", "config", "eval_interval", "eval_iters"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    "settings",  # told one by one
 }
 
 
@@ -91,8 +92,14 @@ def load(args: Arguments, corpus: Corpus, model_chunks: Sequence[nn.Module], opt
 def changed_flags(saved: Mapping[str, Any], args: Arguments) -> list[str]:
     """A line for each flag that is not what it was and that has a part in the training."""
     now = json.loads(json.dumps(dataclasses.asdict(args)))
-    return [
+    lines = [
         f"{flag_of(name)} was {saved[name]} and is now {value}"
         for name, value in now.items()
         if name not in _UNSAID and name in saved and saved[name] != value
     ]
+    before, after = saved.get("settings", {}), now["settings"]
+    for name in sorted({*before, *after}):
+        was, is_now = (settings.get(name, "left out") for settings in (before, after))
+        if was != is_now:
+            lines.append(f"{flag_of(name)} was {was} and is now {is_now}")
+    return lines

@@ -11,12 +11,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from core.optimizer.chained import ChainedOptimizer
-from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
+from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers, takers_of
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from core.process_groups_config import ProcessGroupCollection
 from core.schedule import make_schedule
 
-from .arguments import Arguments
+from .arguments import Arguments, flag_of
 from .model import GPT, GPTConfig, tag_parameters
 from .usage import UsageError, nearest
 
@@ -83,7 +83,8 @@ def check_rules(args: Arguments, model: GPTConfig) -> None:
     """Route the parameters of the whole model, without memory for them, so that every rank finds the same faults.
 
     Raises:
-        UsageError: See `build_optimizer`; or the optimizer of ``--optimizer`` got no parameter.
+        UsageError: See `build_optimizer`; or the optimizer of ``--optimizer`` got no parameter, or none that is used has
+            one of the settings.
     """
     with torch.device("meta"):
         whole = GPT(model)
@@ -96,6 +97,12 @@ def check_rules(args: Arguments, model: GPTConfig) -> None:
         problem = f"the rules of {FLAG} leave it no parameter"
         hint = f"make a rule match less, or take {' or '.join(used)}"
         raise UsageError("--optimizer", args.optimizer, problem, possible="at least one parameter", hint=hint)
+    for setting, value in args.settings.items():
+        takers = list(takers_of(setting))
+        if not {*takers} & {*used}:
+            problem = f"is a setting of {' and '.join(takers)}, and this run uses only {' and '.join(used)}"
+            hint = f"leave it out, or take --optimizer {takers[0]}, or a {FLAG} that gives it parameters"
+            raise UsageError(flag_of(setting), value, problem, hint=hint)
 
 
 def build_optimizer(

@@ -73,6 +73,19 @@ class ChainedOptimizer(Optimizer):
                 member.step()
         return loss
 
+    def train(self) -> None:
+        """Make the parameters those to train with, where an optimizer keeps others to evaluate with (schedule-free)."""
+        self._switch("train")
+
+    def eval(self) -> None:
+        """Make the parameters those to evaluate with; :meth:`train` takes it back."""
+        self._switch("eval")
+
+    def _switch(self, to: str) -> None:
+        for member in self.optimizers:
+            if hasattr(member, to):
+                getattr(member, to)()
+
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Clip the gradients of all members by their global norm; see :func:`clip.clip_grad_norm_`."""
         return clip_grad_norm_(self.entries(), max_norm, self.pg_collection)

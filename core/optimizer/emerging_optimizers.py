@@ -4,7 +4,6 @@ To add an optimizer: write or import its class, and add an ``EmergingOptimizerEn
 call :func:`register_optimizer`). Write a ``_<name>_config_to_kwargs`` where :func:`_kwargs_from_config` does not serve.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,12 +15,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection
-from .adam import Adam, AdamW
+from .adafactor import Adafactor, AdafactorSR
+from .adam import Adam, AdamW, RAdam
+from .adamw_sr import AdamWSR
+from .ademamix import AdEMAMix
+from .bge_adam import BGEAdam
+from .came import Came
 from .chained import ChainedOptimizer
+from .emerging_library import LIBRARY, library_optimizer
+from .hn_adam import HNAdam
+from .kronecker import Shampoo, Soap
+from .low_rank import Apollo, ApolloMini
+from .mars import Mars
+from .micro_adam import MicroAdam
 from .muon import TensorParallelAdaptiveMuon, TensorParallelMuon
+from .muon_optax import OptaxMuon
 from .optimizer_config import OptimizerConfig, ParamKey, ParamPredicate, unknown
+from .psgd import Quad, Skew
+from .rmsprop import RMSprop
 from .routing import Overrides, check_settings, param_groups, route
+from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from .settings import Setting, constructor_arguments, settings
 from .sgd import SGD
+from .sign import Lion
+from .sophia import Sophia
+from .trust_ratio import Lamb, Lars
 
 __all__ = [
     "EmergingOptimizerEntry",
@@ -94,7 +112,7 @@ class EmergingOptimizerEntry:
 def _kwargs_from_config(optimizer_cls: type, prefix: str, config: Any) -> dict[str, Any]:
     """For each constructor argument but ``self`` and ``params``: ``config.{prefix}_{name}``, or ``config.{name}``, or nothing."""
     kwargs = {}
-    for name in inspect.signature(optimizer_cls.__init__).parameters:  # type: ignore[misc]
+    for name in constructor_arguments(optimizer_cls):
         if name in ("self", "params"):
             continue
         for field_name in (f"{prefix}_{name}", name):
@@ -137,8 +155,20 @@ def _default_adam_based_eopt_config_to_kwargs(
     """Constructor arguments by name; ``betas``, ``eps`` and process groups only where the class takes them."""
     cls = _entry(eopt_name).optimizer_cls
     known = {"betas": (config.adam_beta1, config.adam_beta2), "pg_collection": pg_collection}
-    taken = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    return {**_kwargs_from_config(cls, eopt_name, config), **{k: v for k, v in known.items() if k in taken}}
+    taken = constructor_arguments(cls)
+    return {**{k: v for k, v in known.items() if k in taken}, **_kwargs_from_config(cls, eopt_name, config)}
+
+
+def from_config(eopt_name: str) -> Callable[[Any, Sequence[nn.Module], Any], dict[str, Any]]:
+    """For an entry whose class has defaults of its own: ``lr``, ``weight_decay`` and what the config says of it by name."""
+
+    def to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
+        return {
+            **_kwargs_from_config(_entry(eopt_name).optimizer_cls, eopt_name, config),
+            "pg_collection": pg_collection,
+        }
+
+    return to_kwargs
 
 
 def _adam_config_to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
@@ -160,9 +190,44 @@ _EMERGING_OPTIMIZERS: dict[str, EmergingOptimizerEntry] = {
     "adaptive_muon": EmergingOptimizerEntry(
         TensorParallelAdaptiveMuon, config_to_kwargs=_adaptive_muon_config_to_kwargs
     ),
+    "muon_optax": EmergingOptimizerEntry(OptaxMuon, config_to_kwargs=from_config("muon_optax")),
     "adamw": EmergingOptimizerEntry(AdamW, config_to_kwargs=_adam_config_to_kwargs, default_param_overrides={}),
     "adam": EmergingOptimizerEntry(Adam, config_to_kwargs=_adam_config_to_kwargs, default_param_overrides={}),
     "sgd": EmergingOptimizerEntry(SGD, default_param_overrides={}),
+    "radam": EmergingOptimizerEntry(RAdam, default_param_overrides={}),
+    "rmsprop": EmergingOptimizerEntry(RMSprop, config_to_kwargs=from_config("rmsprop"), default_param_overrides={}),
+    "lion": EmergingOptimizerEntry(Lion, config_to_kwargs=from_config("lion"), default_param_overrides={}),
+    "ademamix": EmergingOptimizerEntry(AdEMAMix, config_to_kwargs=from_config("ademamix"), default_param_overrides={}),
+    "schedule_free_adamw": EmergingOptimizerEntry(
+        ScheduleFreeAdamW, config_to_kwargs=from_config("schedule_free_adamw"), default_param_overrides={}
+    ),
+    "schedule_free_sgd": EmergingOptimizerEntry(
+        ScheduleFreeSGD, config_to_kwargs=from_config("schedule_free_sgd"), default_param_overrides={}
+    ),
+    "sophia": EmergingOptimizerEntry(Sophia, config_to_kwargs=from_config("sophia"), default_param_overrides={}),
+    "adamw_sr": EmergingOptimizerEntry(AdamWSR, default_param_overrides={}),
+    "micro_adam": EmergingOptimizerEntry(
+        MicroAdam, config_to_kwargs=from_config("micro_adam"), default_param_overrides={}
+    ),
+    "apollo": EmergingOptimizerEntry(Apollo, config_to_kwargs=from_config("apollo")),
+    "apollo_mini": EmergingOptimizerEntry(ApolloMini, config_to_kwargs=from_config("apollo_mini")),
+    "adafactor": EmergingOptimizerEntry(
+        Adafactor, config_to_kwargs=from_config("adafactor"), default_param_overrides={}
+    ),
+    "adafactor_sr": EmergingOptimizerEntry(
+        AdafactorSR, config_to_kwargs=from_config("adafactor_sr"), default_param_overrides={}
+    ),
+    "came": EmergingOptimizerEntry(Came, config_to_kwargs=from_config("came"), default_param_overrides={}),
+    "lamb": EmergingOptimizerEntry(Lamb, default_param_overrides={}),
+    "lars": EmergingOptimizerEntry(Lars, config_to_kwargs=from_config("lars"), default_param_overrides={}),
+    "mars": EmergingOptimizerEntry(Mars, config_to_kwargs=from_config("mars"), default_param_overrides={}),
+    "bge_adam": EmergingOptimizerEntry(BGEAdam, config_to_kwargs=from_config("bge_adam"), default_param_overrides={}),
+    "hn_adam": EmergingOptimizerEntry(HNAdam, config_to_kwargs=from_config("hn_adam"), default_param_overrides={}),
+    "shampoo": EmergingOptimizerEntry(Shampoo, config_to_kwargs=from_config("shampoo")),
+    "soap": EmergingOptimizerEntry(Soap, config_to_kwargs=from_config("soap")),
+    "quad": EmergingOptimizerEntry(Quad, config_to_kwargs=from_config("quad")),
+    "skew": EmergingOptimizerEntry(Skew, config_to_kwargs=from_config("skew")),
+    "psgd_skew": EmergingOptimizerEntry(Skew, config_to_kwargs=from_config("psgd_skew")),
 }
 
 
@@ -172,10 +237,8 @@ def register_optimizer(name: str, entry: EmergingOptimizerEntry | None = None) -
     Raises:
         ValueError: when the name is taken.
     """
-    if name in _EMERGING_OPTIMIZERS:
-        raise ValueError(
-            f"optimizer {name!r} is already registered, as {_EMERGING_OPTIMIZERS[name].optimizer_cls.__name__}."
-        )
+    if name in _EMERGING_OPTIMIZERS or name in LIBRARY:
+        raise ValueError(f"optimizer {name!r} is already registered, as {_entry(name).optimizer_cls.__name__}.")
 
     def register(cls: type) -> type:
         _EMERGING_OPTIMIZERS[name] = EmergingOptimizerEntry(cls)
@@ -191,10 +254,46 @@ def register_optimizer(name: str, entry: EmergingOptimizerEntry | None = None) -
 
 def list_optimizers() -> tuple[str, ...]:
     """All names, those of other packages' entry points included, in alphabetical order."""
-    return tuple(sorted({*_EMERGING_OPTIMIZERS, *(point.name for point in entry_points(group=ENTRY_POINTS))}))
+    return tuple(sorted({*_EMERGING_OPTIMIZERS, *LIBRARY, *(point.name for point in entry_points(group=ENTRY_POINTS))}))
+
+
+_READS = {"adamw": ("adam",), "adaptive_muon": ("adaptive_muon", "muon")}
+"""Optimizers whose settings carry other names than their own."""
+
+
+def settings_of(name: str) -> dict[str, Setting]:
+    """The settings that the optimizer called ``name`` takes from a config, ``lion_betas`` and the like."""
+    return {
+        f"{prefix}_{setting.argument}": setting
+        for prefix in _READS.get(name, (name,))
+        for setting in settings(_entry(prefix).optimizer_cls)
+        if (prefix, setting.argument) != ("adam", "betas")  # the config has adam_beta1 and adam_beta2
+    }
+
+
+def takers_of(field: str) -> dict[str, Setting]:
+    """The optimizers that have the setting ``field``, and what each says of it; none where there is no such setting."""
+    # Some classes take seconds to import, so only those that the name may belong to are.
+    near = (n for n in list_optimizers() if any(field.startswith(f"{prefix}_") for prefix in _READS.get(n, (n,))))
+    return {name: of_name[field] for name in near if field in (of_name := settings_of(name))}
+
+
+def all_settings() -> list[str]:
+    """The names of the settings of all registered optimizers; imports them all."""
+    return list(dict.fromkeys(field for name in list_optimizers() for field in settings_of(name)))
+
+
+def _library_entry(name: str) -> EmergingOptimizerEntry:
+    cls = library_optimizer(name)
+    entry = EmergingOptimizerEntry(cls)
+    if name == "eo_lion":  # its second beta is the decay of a mean of the gradient, not of its square
+        entry.config_to_kwargs = from_config(name)
+    return replace(entry, default_param_overrides={}) if cls.any_shape else entry
 
 
 def _entry(name: str) -> EmergingOptimizerEntry:
+    if name in LIBRARY and name not in _EMERGING_OPTIMIZERS:
+        _EMERGING_OPTIMIZERS[name] = _library_entry(name)
     if name not in _EMERGING_OPTIMIZERS:
         for point in entry_points(group=ENTRY_POINTS, name=name):
             _EMERGING_OPTIMIZERS[name] = point.load()

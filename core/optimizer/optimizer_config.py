@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import torch
 
+from .settings import Setting
+
 
 @dataclass(frozen=True)
 class ParamPredicate:
@@ -66,7 +68,10 @@ class ParamKey:
 
 @dataclass
 class OptimizerConfig:
-    """Settings of every optimizer; an optimizer takes ``{its prefix}_{argument}``, or else ``{argument}``.
+    """Settings of every optimizer; an optimizer takes ``{its name}_{argument}``, or else ``{argument}``.
+
+    Besides the fields, any plain argument of any registered optimizer is a setting: :meth:`from_dict` takes
+    ``lion_betas=(0.9, 0.98)``, and ``config.lion_betas`` gives it back. What nobody set, the optimizer's own default decides.
 
     Attributes:
         optimizer: Registered name.
@@ -92,6 +97,10 @@ class OptimizerConfig:
         adaptive_muon_moment2_method: ``adamuon``, ``normuon`` or ``namo``.
         adaptive_muon_beta2: Decay of its second moment.
         adaptive_muon_eps: Added to its denominator.
+        settings: Those that are not fields, ``{"lion_betas": (0.9, 0.98)}``; each becomes an attribute.
+
+    Raises:
+        ValueError: for one of ``settings`` that no registered optimizer has; names the nearest.
     """
 
     optimizer: str = "adamw"
@@ -117,19 +126,34 @@ class OptimizerConfig:
     adaptive_muon_moment2_method: str = "adamuon"
     adaptive_muon_beta2: float = 0.95
     adaptive_muon_eps: float = 1e-8
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.settings = {name: _setting(name).value(value) for name, value in self.settings.items()}
+        vars(self).update(self.settings)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """The config with these fields.
+        """The config with these fields and settings of registered optimizers.
 
         Raises:
-            ValueError: for a field that does not exist; names the nearest.
+            ValueError: for one that does not exist; names the nearest.
         """
-        valid = [f.name for f in fields(cls)]
-        for name in settings:
-            if name not in valid:
-                raise ValueError(unknown("optimizer setting", name, valid))
-        return cls(**settings)
+        names = [f.name for f in fields(cls)]
+        own = {name: value for name, value in settings.items() if name in names}
+        others = {name: value for name, value in settings.items() if name not in names}
+        return cls(**{**own, "settings": {**own.get("settings", {}), **others}})
+
+
+def _setting(name: str) -> Setting:
+    # The registry imports this module.
+    from .emerging_optimizers import all_settings, takers_of
+
+    if takers := takers_of(name):
+        return next(iter(takers.values()))
+    valid = [*(f.name for f in fields(OptimizerConfig)), *all_settings()]
+    near = [v for v in valid if v.partition("_")[0] == name.partition("_")[0]]
+    raise ValueError(unknown("optimizer setting", name, near or valid))
 
 
 def unknown(what: str, name: str, valid: list[str] | tuple[str, ...]) -> str:

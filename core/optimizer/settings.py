@@ -1,0 +1,140 @@
+"""What of an optimizer's constructor a config, a flag or a file can hold."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from .checks import choice
+
+ELSEWHERE = ("self", "params", "lr", "weight_decay", "pg_collection")
+"""Arguments that have no setting of their own: every optimizer is given them in the same way."""
+
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+"""Types of numbers, by the names that settings call them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One argument of a constructor that is a plain value.
+
+    Attributes:
+        argument: Its name.
+        kind: float, int, bool or str; of each number, where it is a tuple.
+        default: ``inspect.Parameter.empty`` where there is none.
+        choices: The only texts possible; empty: any.
+        many: Whether it is a tuple.
+        length: Of the tuple; None for any.
+        optional: Whether it may be None.
+        is_dtype: Whether the text is the name of a ``torch.dtype``.
+    """
+
+    argument: str
+    kind: type
+    default: Any = inspect.Parameter.empty
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    length: int | None = None
+    optional: bool = False
+    is_dtype: bool = False
+
+    def value(self, given: Any) -> Any:
+        """What the constructor takes: lists, as JSON and YAML have them, become tuples, and names of dtypes dtypes.
+
+        Raises:
+            ValueError: for an unknown dtype.
+        """
+        if self.is_dtype and isinstance(given, str):
+            choice(self.argument, given, self.choices)
+            return DTYPES[given]
+        return tuple(given) if self.many and isinstance(given, list) else given
+
+
+def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """Name → parameter of the constructor; where it takes any keyword, also those of the class it hands them to."""
+    if "__signature__" in vars(cls):
+        return dict(inspect.signature(cls).parameters)
+    arguments: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        init = vars(base)["__init__"]
+        parameters = inspect.signature(init).parameters
+        names = getattr(inspect.unwrap(init), "__globals__", {})
+        for name, parameter in parameters.items():
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                arguments.setdefault(name, parameter.replace(annotation=_read(parameter.annotation, names)))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return arguments
+
+
+@cache
+def settings(cls: type) -> tuple[Setting, ...]:
+    """The constructor's arguments that are numbers, switches, texts, dtypes or tuples of numbers, in its order."""
+    return tuple(
+        replace(found, argument=name, default=parameter.default)
+        for name, parameter in constructor_arguments(cls).items()
+        if name not in ELSEWHERE
+        for found in _of(parameter)
+    )
+
+
+def _of(parameter: inspect.Parameter) -> Iterator[Setting]:
+    # An annotation that could not be read stays a text.
+    untold = parameter.annotation is parameter.empty or isinstance(parameter.annotation, str)
+    found = _of_value(parameter.default) if untold else _of_type(parameter.annotation)
+    if found is not None:
+        yield found
+
+
+def _of_type(hint: Any) -> Setting | None:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint in (float, int, bool, str):
+        return Setting("", hint)
+    if hint is torch.dtype:
+        return Setting("", str, choices=tuple(DTYPES), is_dtype=True)
+    if origin is Literal and all(isinstance(choice, str) for choice in inner):
+        return Setting("", str, choices=inner)
+    if origin is tuple and (numbers := {kind for kind in inner if kind is not ...}) <= {int, float}:
+        return Setting("", _number(numbers), many=True, length=None if ... in inner else len(inner))
+    if origin in (Union, UnionType):
+        return _of_union([_of_type(one) for one in inner if one is not NoneType], optional=NoneType in inner)
+    return None
+
+
+def _of_union(members: list[Setting | None], *, optional: bool) -> Setting | None:
+    first, *others = members
+    if first is None or None in others:
+        return None
+    kinds = {member.kind for member in members if member is not None}
+    choices = [member.choices for member in members if member is not None]
+    if others and (any(member.many for member in members if member) or not (len(kinds) == 1 or kinds == {int, float})):
+        return None
+    one_of = tuple(dict.fromkeys(c for some in choices for c in some)) if all(choices) else ()
+    return replace(first, kind=_number(kinds) if others else first.kind, choices=one_of, optional=optional)
+
+
+def _of_value(default: Any) -> Setting | None:
+    if isinstance(default, bool | int | float | str):
+        return Setting("", type(default))
+    if isinstance(default, tuple) and (kinds := {type(x) for x in default}) and kinds <= {int, float}:
+        return Setting("", _number(kinds), many=True, length=len(default))
+    return None
+
+
+def _number(kinds: set[type]) -> type:
+    """The one kind, or float for several."""
+    return next(iter(kinds)) if len(kinds) == 1 else float
+
+
+def _read(annotation: Any, namespace: dict[str, Any]) -> Any:
+    """The type that an annotation in quotes names; the text itself where that is not to be had."""
+    try:
+        return get_type_hints(SimpleNamespace(__annotations__={"it": annotation}), namespace)["it"]
+    except (NameError, AttributeError, TypeError, SyntaxError):
+        return annotation
