@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+from core.optimizer.emerging_optimizers import _entry
 from core.process_groups_config import ProcessGroupCollection
 
 SHAPES = ((24, 64), (64, 24), (32, 32), (24, 64), (16, 8), (64, 24))
@@ -66,6 +66,7 @@ ONE_GROUP = {
 }
 GATE_UP = {"shapes": ((64, 24), (64, 64)), "attributes": {"matrix_parts": (32, 32), "partition_stride": 2}}
 INTERLEAVED = {"shapes": ((64, 24), (64, 64)), "attributes": {"matrix_parts": (1, 1)}}
+ANY_SHAPE = {"shapes": ((24,), (64,), (8, 4, 3, 3), (12, 8, 5), ())}
 UNEVEN = {"shapes": ((30, 9), (9, 30), (7, 7), (3, 50))}
 
 CUTS: dict[int, dict[str, Cut]] = {
@@ -86,6 +87,7 @@ CUTS: dict[int, dict[str, Cut]] = {
     }
     for size in (2, 4)
 }
+"""For matrices. By the number of ranks, then by name."""
 CUTS[4] |= {
     "tp rows, dp copies": Cut({"dp": 2, "tp": 2}, {"tp": 0, "dp": None}),
     "tp columns, dp copies": Cut({"tp": 2, "dp": 2}, {"tp": 1, "dp": None}),
@@ -94,6 +96,18 @@ CUTS[4] |= {
     "qkv tp, dp copies": Cut({"dp": 2, "tp": 2}, {"tp": 0, "dp": None}, **QKV),
     "qkv tp, dp columns": Cut({"dp": 2, "tp": 2}, {"tp": 0, "dp": 1}, dtensor=True, **QKV),
 }
+
+REQUIRED = {
+    2: ("rows", "columns", "dtensor rows", "uneven columns", "qkv", "gate/up stride"),
+    4: ("rows", "columns", "tp rows, dp columns", "tp columns, dp rows", "qkv tp, dp copies"),
+}
+"""Cuts that suffice for a rule whose way to the whole is tried on all of them with another rule."""
+
+for size in (2, 4):
+    CUTS[size] |= {
+        "any shape, dim 0": Cut({"tp": size}, {"tp": 0}, **ANY_SHAPE),
+        "any shape, dim 1": Cut({"tp": size}, {"tp": 1}, dtensor=True, **ANY_SHAPE),
+    }
 
 
 def whole_parameters(shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -105,9 +119,10 @@ def whole_gradient(i: int, step: int, shape: tuple[int, ...]) -> Tensor | None:
     """Whole gradient of parameter ``i`` at ``step``; rows and columns differ in size, so a local statistic is a wrong one."""
     if (i, step) == (1, 2):
         return None
-    scale = torch.logspace(0, 1, shape[0], dtype=torch.float64)
-    if len(shape) == 2:
-        scale = scale[:, None] * torch.logspace(1, 0, shape[1], dtype=torch.float64)
+    scale = torch.ones(shape, dtype=torch.float64)
+    for dim, size in enumerate(shape):
+        ends = (0, 1) if dim % 2 == 0 else (1, 0)
+        scale *= torch.logspace(*ends, size, dtype=torch.float64).view(-1, *[1] * (len(shape) - dim - 1))
     return _random(("gradient", i, step), shape) * scale
 
 
@@ -125,9 +140,23 @@ def sharded(
     name: str, cut: Cut, steps: int, world: Any, **kwargs: Any
 ) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
     """This rank's weights after ``steps``, and what cuts a whole tensor as they are cut."""
+    parameter, shard, groups = cutter(cut, world)
+    wholes = whole_parameters(cut.shapes)
+    return train(name, wholes, parameter, cut, steps, pg_collection=groups, **kwargs), shard
+
+
+def sharded_optimizer(name: str, cut: Cut, world: Any, **kwargs: Any) -> Any:
+    """The optimizer of this rank's parameters, before its first step."""
+    parameter, _, groups = cutter(cut, world)
+    return build(name, parameters(whole_parameters(cut.shapes), parameter, cut), cut, pg_collection=groups, **kwargs)
+
+
+def cutter(
+    cut: Cut, world: Any
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], ProcessGroupCollection]:
+    """What makes a parameter of a whole tensor, what cuts a whole tensor, and the process groups."""
     mesh = world.mesh(tuple(cut.mesh.values()), tuple(cut.mesh))
     coords = {axis: mesh.get_local_rank(axis) for axis in cut.mesh}
-    groups = ProcessGroupCollection.from_mesh(mesh)
 
     def shard(whole: Tensor) -> Tensor:
         return cut.shard(whole, coords)
@@ -136,31 +165,23 @@ def sharded(
         piece = shard(whole).clone()
         if cut.dtensor:
             placements: list[Placement] = [
-                Replicate() if (d := cut.dims[axis]) is None else Shard(d) for axis in cut.mesh
+                Replicate() if (d := cut.dims[axis]) is None or d >= whole.ndim else Shard(d) for axis in cut.mesh
             ]
             return DTensor.from_local(piece, mesh, placements, shape=whole.shape, stride=whole.stride())
-        piece.tensor_model_parallel = cut.dims.get("tp") is not None
-        piece.partition_dim = cut.dims["tp"] if piece.tensor_model_parallel else -1
+        dim = cut.dims.get("tp")
+        piece.tensor_model_parallel = dim is not None and dim < whole.ndim
+        piece.partition_dim = dim if piece.tensor_model_parallel else -1
         return piece
 
-    return train(name, whole_parameters(cut.shapes), parameter, cut, steps, pg_collection=groups, **kwargs), shard
+    return parameter, shard, ProcessGroupCollection.from_mesh(mesh)
 
 
 def train(
     name: str, wholes: list[Tensor], parameter: Callable[[Tensor], Tensor], cut: Cut, steps: int, **kwargs: Any
 ) -> list[Tensor]:
     """Shards after ``steps`` of the optimizer ``name`` on what ``parameter`` makes of each whole weight and gradient."""
-    params = []
-    for whole in wholes:
-        p = parameter(whole.to(cut.dtype, copy=True))
-        attributes = {**vars(p), **cut.attributes} if not isinstance(p, DTensor) else dict(cut.attributes)
-        p = torch.nn.Parameter(p)
-        for attribute, value in attributes.items():
-            setattr(p, attribute, value)
-        params.append(p)
-    cls = _EMERGING_OPTIMIZERS[name].optimizer_cls
-    accepted = cut.kwargs if "split_qkv" in cls.__init__.__code__.co_varnames else {}
-    optimizer = cls(params, lr=0.1, weight_decay=0.05, **accepted, **kwargs)
+    params = parameters(wholes, parameter, cut)
+    optimizer = build(name, params, cut, **kwargs)
     for step in range(steps):
         for i, p in enumerate(params):
             g = whole_gradient(i, step, cut.shapes[i])
@@ -169,4 +190,23 @@ def train(
     return [p.to_local().detach() if isinstance(p, DTensor) else p.detach() for p in params]
 
 
-cached_unsharded = cache(lambda name, size, cut, steps, kwargs: unsharded(name, CUTS[size][cut], steps, **dict(kwargs)))
+def parameters(wholes: list[Tensor], parameter: Callable[[Tensor], Tensor], cut: Cut) -> list[torch.nn.Parameter]:
+    """This rank's part of each whole weight, with the attributes of ``cut``."""
+    params = []
+    for whole in wholes:
+        p = parameter(whole.to(cut.dtype, copy=True))
+        attributes = {**vars(p), **cut.attributes} if not isinstance(p, DTensor) else dict(cut.attributes)
+        params.append(torch.nn.Parameter(p))
+        for attribute, value in attributes.items():
+            setattr(params[-1], attribute, value)
+    return params
+
+
+def build(name: str, params: list[torch.nn.Parameter], cut: Cut, **kwargs: Any) -> Any:
+    """The optimizer called ``name``, with the settings of its entry, of ``cut`` and these."""
+    cls = _entry(name).optimizer_cls
+    taken = signature(cls).parameters
+    accepted = cut.kwargs if "split_qkv" in taken else {}
+    decay = {"weight_decay": 0.05} if "weight_decay" in taken else {}
+    named = [(f"weight{i}", p) for i, p in enumerate(params)]
+    return cls(named, lr=0.1, **{**decay, **accepted, **kwargs})

@@ -1,5 +1,6 @@
 """The headline: on every layout and in every exact mode an optimizer takes the step of the unsharded model."""
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -7,40 +8,85 @@ import pytest
 import torch
 
 from core.optimizer.emerging_optimizers import _entry, list_optimizers
-from tests.sharding import CUTS, cached_unsharded, sharded
+from tests.sharding import CUTS, REQUIRED, sharded, unsharded
 
 STEPS = 10
-EXACT = ("duplicated", "distributed", "owner")
-VARIANTS = {
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "micro_adam": [{"density": 0.1, "window": 4, "block_size": 100, "quant_block_size": 24}],
+    "adafactor": [
+        {"min_dim_size_to_factor": 8, "momentum": 0.9, "weight_decay_rate": 1e-3},
+        {"min_dim_size_to_factor": 20},  # between the sizes of shards and wholes
+        {"variant": "torch"},
+        {"variant": "forgather", "multiply_by_parameter_scale": True},
+    ],
+    "apollo": [
+        {"rank": 3},
+        {"rank": 3, "projector": "orthogonal", "mini": True, "update_steps": 3, "lazy": False},
+        {"rank": 2, "projector": "online_pca", "update_steps": 3, "decay_after": True},
+        {"rank": 2, "projector": "online_pca", "pca_orthonormalize": "norm", "scale": 4.0, "scale_front": True},
+    ],
+    "bge_adam": [{"variant": "paper"}, {"variant": "entropy"}],
+    "hn_adam": [{"lam0": 3.3}, {"lam0": 2.2}, {"variant": "trustformers"}],
+    "lamb": [{}, {"max_grad_norm": 1.0}],
+    "mars": [{"clip": "global"}, {"clip": "tensor"}],
     "adaptive_muon": [{"moment2_method": method} for method in ("adamuon", "normuon", "namo")],
-    "sgd": [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
+    "adam": [{}, {"eps_root": 1e-6, "mu_dtype": "float32"}],
+    "ademamix": [{"alpha_warmup": 6, "beta3_warmup": 8}, {"betas": (0.0, 0.999, 0.9999)}],
+    "rmsprop": [{"momentum": 0.9, "nesterov": True, "initial_scale": 1.0}, {"variant": "torch"}],
+    "schedule_free_adamw": [{"warmup_steps": 4}],
+    "muon_optax": [{}, {"nesterov": False, "adaptive": True}],
+    "sgd": [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5}],
+    "shampoo": [{"precondition_frequency": 3}, {"beta": 0.9, "momentum": 0.9, "grafting": "adagrad"}],
+    "soap": [{"precondition_frequency": 2}, {"max_precond_dim": 30, "normalize_grads": True}],
+    "quad": [{"block_size": 16}, {"block_size": 16, "max_size_dense": 40, "normalize_grads": True}],
+    "skew": [{"block_size": 16}, {"block_size": 16, "max_size_dense": 40}],
 }
 """Settings to try of optimizers that have several rules; the others run as they are, by being registered."""
 
-ALL = [(name, kwargs) for name in list_optimizers() for kwargs in VARIANTS.get(name, [{}])]
-MATRIX = [(name, kwargs) for name, kwargs in ALL if "tp_mode" in signature(_entry(name).optimizer_cls).parameters]
-ELEMENTWISE = [case for case in ALL if case not in MATRIX]
+THOROUGH = ("muon", "adaptive_muon", "lamb", "shampoo")
+"""One rule for each way to the whole, tried on every cut; the others on :data:`REQUIRED`."""
 
 
 def cases(size: int) -> list[Any]:
-    matrix = [
-        (cut, name, {**kwargs, "tp_mode": mode}) for cut in CUTS[size] for name, kwargs in MATRIX for mode in EXACT
+    """Cut, name and settings; whatever is registered."""
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for name in list_optimizers():
+        entry = _entry(name)
+        cls: Any = entry.optimizer_cls
+        any_shape = not entry.default_param_overrides
+        matrices = [cut for cut in CUTS[size] if not cut.startswith("any shape")]
+        cuts = matrices if name in THOROUGH else REQUIRED[size] if cls.kind != "elementwise" else ("rows", "columns")
+        cuts = [*cuts, *(cut for cut in CUTS[size] if any_shape and cut.startswith("any shape"))]
+        settings = [
+            {**kwargs, **mode}
+            for kwargs in VARIANTS.get(name, [{}])
+            for mode in ([{"tp_mode": mode} for mode in cls.modes] or [{}])
+        ]
+        found += [(cut, name, kwargs) for cut in cuts for kwargs in settings]
+    found += [
+        ("rows", "muon", {"tp_mode": mode, "use_decoupled_weight_decay": False, "nesterov": False})
+        for mode in ("duplicated", "distributed", "owner")
     ]
-    elementwise = [(cut, name, kwargs) for cut in ("rows", "columns", "dtensor rows") for name, kwargs in ELEMENTWISE]
-    extra = [
-        ("rows", "muon", {"tp_mode": mode, "use_decoupled_weight_decay": False, "nesterov": False}) for mode in EXACT
-    ]
-    return [
-        pytest.param(*case, id="-".join([case[0], case[1], *map(str, case[2].values())]))
-        for case in matrix + elementwise + extra
-    ]
+    return [pytest.param(*case, id="-".join([case[0], case[1], *map(str, case[2].values())])) for case in found]
 
 
-def check(world: Any, cut: str, name: str, kwargs: dict[str, Any]) -> None:
-    got, shard = sharded(name, CUTS[world.size][cut], STEPS, world, **kwargs)
-    plain = tuple((k, v) for k, v in kwargs.items() if k != "tp_mode")
-    for mine, whole in zip(got, cached_unsharded(name, world.size, cut, STEPS, plain), strict=True):
-        torch.testing.assert_close(mine, shard(whole), rtol=1e-9, atol=1e-9 * float(whole.abs().mean()))
+cached: dict[Any, list[torch.Tensor]] = {}
+
+
+def check(world: Any, cut_name: str, name: str, kwargs: dict[str, Any]) -> None:
+    cut, cls = CUTS[world.size][cut_name], _entry(name).optimizer_cls
+    only_float32 = getattr(cls, "float32_only", False)
+    if only_float32:
+        cut = replace(cut, dtype=torch.float32)
+    got, shard = sharded(name, cut, STEPS, world, **kwargs)
+    key = (name, str(cut.shapes), str(cut.attributes), str({k: v for k, v in kwargs.items() if k != "tp_mode"}))
+    if key not in cached:
+        plain = {k: v for k, v in kwargs.items() if k != "tp_mode"}
+        cached[key] = unsharded(name, cut, STEPS, **plain)
+    tolerance = 1e-5 if only_float32 else 1e-9
+    for mine, whole in zip(got, cached[key], strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, shard(whole), rtol=tolerance, atol=tolerance * float(whole.abs().mean()))
 
 
 @pytest.mark.mpi(min_size=2)
@@ -53,3 +99,10 @@ def test_layout_does_not_change_training_on_2_ranks(world, cut, name, kwargs):
 @pytest.mark.parametrize(("cut", "name", "kwargs"), cases(4))
 def test_layout_does_not_change_training_on_4_ranks(world, cut, name, kwargs):
     check(world, cut, name, kwargs)
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_an_optimizer_says_what_it_asks_of_other_ranks(name):
+    cls: Any = _entry(name).optimizer_cls
+    assert cls.kind in ("elementwise", "reducing", "matrix")
+    assert bool(cls.modes) == ("tp_mode" in signature(cls).parameters)
