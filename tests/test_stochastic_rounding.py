@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.optimizer.adafactor import AdafactorSR
 from core.optimizer.adamw_sr import AdamWSR
 from core.precision.stochastic_rounding import stochastic_round
 from core.random import Key, bits
@@ -155,3 +156,27 @@ def test_every_layout_rounds_alike(world, cut) -> None:
     got, shard = sharded("adamw_sr", cut, 5, world, bf16_stochastic_round=True)
     for mine, whole in zip(got, unsharded("adamw_sr", cut, 5, bf16_stochastic_round=True), strict=True):
         assert torch.equal(mine, shard(whole))
+
+
+def test_adafactor_keeps_updates_below_half_a_unit_on_average() -> None:
+    """bfloat16 has 2⁻⁷ between 1 and 2: steps of 2⁻¹⁰ are lost by rounding to nearest, and add up when rounded at random."""
+    moved = []
+    for rounds in (False, True):
+        p = torch.nn.Parameter(torch.full((128, 64), 1.5, dtype=torch.bfloat16))
+        optimizer = AdafactorSR([("w", p)], lr=2.0**-10, weight_decay=0.0, bf16_stochastic_round=rounds)
+        for _ in range(16):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved.append(1.5 - float(p.double().mean()))
+    assert moved[0] == 0
+    assert abs(moved[1] - 16 * 2.0**-10) < 1e-3
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("cut", ["copies", "rows", "columns"])
+def test_adafactor_rounds_by_the_same_noise_on_every_layout(world, cut) -> None:
+    """Its sums are rounded otherwise on shards, so that a few entries may fall on the other side."""
+    whole_cut = replace(CUTS[2][cut], dtype=torch.bfloat16)
+    got, shard = sharded("adafactor_sr", whole_cut, 5, world, bf16_stochastic_round=True)
+    for mine, whole in zip(got, unsharded("adafactor_sr", whole_cut, 5, bf16_stochastic_round=True), strict=True):
+        assert (mine != shard(whole)).double().mean() < 0.01

@@ -42,10 +42,11 @@ class Arguments:
     """All that the main job is told. Field names are Megatron's."""
 
     # the optimizer
-    optimizer: str = text("muon", "rule of the matrices; the rest goes to adamw", list_optimizers)
+    optimizer: str = text("muon", "by name; what one for matrices cannot take goes to adamw", list_optimizers)
     lr: float = number(2e-3, "peak learning rate", POSITIVE, hint="write it like 3e-4 or 0.0003")
     min_lr: float = number(0.0, "learning rate at the end of the decay", NOT_NEGATIVE, hint="at most --lr")
-    weight_decay: float = number(0.01, "decoupled weight decay", NOT_NEGATIVE, hint="0 means none")
+    weight_decay: float = number(0.01, "weight decay", NOT_NEGATIVE, hint="0 means none")
+    decoupled_weight_decay: bool = switch(True, "adam, radam and Muon decay weights apart from the gradient")
     adam_beta1: float = number(0.9, "Adam's first beta", SHARE, hint=BETAS)
     adam_beta2: float = number(0.95, "Adam's second beta", SHARE, hint=BETAS)
     adam_eps: float = number(1e-8, "Adam's epsilon", POSITIVE, hint="1e-8 is usual")

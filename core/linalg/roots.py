@@ -9,13 +9,17 @@ ROTATION = 1 / 8
 
 
 def eigen(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,), rising, and eigenvectors (n, n), in columns, of the symmetric matrix ``a`` (n, n)."""
-    try:
-        values, vectors = torch.linalg.eigh(a)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # In float32 LAPACK does not always get through many nearly equal eigenvalues, as low-rank statistics have.
-        values, vectors = torch.linalg.eigh(a.double())
-    return values.to(a.dtype), vectors.to(a.dtype)
+    """Eigenvalues (n,), rising, and eigenvectors (n, n), in columns, of symmetric ``a`` (n, n); NaN where that has one."""
+    # In float32 LAPACK does not always get through many nearly equal eigenvalues, as low-rank statistics have.
+    for matrix in (a, a.double()):
+        try:
+            values, vectors = torch.linalg.eigh(matrix)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        return values.to(a.dtype), vectors.to(a.dtype)
+    if a.isfinite().all():
+        raise RuntimeError(f"no eigenvalues were found for a {len(a)} x {len(a)} matrix, in float64 either.")
+    return torch.full_like(a[0], torch.nan), torch.full_like(a, torch.nan)
 
 
 def inverse_root(a: Tensor, order: int, *, eps: float) -> Tensor:

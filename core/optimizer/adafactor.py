@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..layout import Layout, Rule
+from ..precision.stochastic_rounding import stochastic_round
 from ..process_groups_config import ProcessGroupCollection
+from ..random import Key, bits
 from ..state import StateSpec
 from .buckets import RuleFunction
 from .checks import choice, fraction, non_negative, positive
@@ -251,12 +253,14 @@ class AdafactorSR(Adafactor):
         eps: Added to g²; least scale of a parameter under ``relative_step``.
         weight_decay: Coefficient, ≥ 0.
         relative_step: Whether lr is relative to the RMS of the parameter (the paper's parameter scale; there is no schedule).
+        bf16_stochastic_round: Round bfloat16 parameters stochastically; no effect on others.
+        seed: Of the rounding, which depends on it, the parameter's name, the step and the index in the whole tensor alone.
         pg_collection: Process groups of the parameters.
 
     Raises:
         ValueError: for an argument out of range.
 
-    Source: Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235
+    Source: Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235; Zamirai et al. 2020, https://arxiv.org/abs/2010.06192
     """
 
     def __init__(
@@ -269,8 +273,11 @@ class AdafactorSR(Adafactor):
         eps: tuple[float, float] = (1e-30, 1e-3),
         weight_decay: float = 0.01,
         relative_step: bool = False,
+        bf16_stochastic_round: bool = False,
+        seed: int = 5489,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
+        self.bf16_stochastic_round, self.seed = bf16_stochastic_round, seed
         if decay_rate > 0:
             raise ValueError(f"decay_rate={decay_rate} must be at most 0: the decay is 1 - t**decay_rate.")
         for name, value in (("betas", betas), ("eps", eps)):
@@ -290,3 +297,15 @@ class AdafactorSR(Adafactor):
             weight_decay=weight_decay,
             pg_collection=pg_collection,
         )
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """Algorithm 4, then the rounding of what is stored."""
+        return self._rounded if self.bf16_stochastic_round else self._step
+
+    def _rounded(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+        new = yield self._step(p, g, s, lay, group)
+        if s.stored != torch.bfloat16:
+            return new
+        keys = [Key(self.seed, name, int(t), "bfloat16 rounding") for name, t in zip(s.names, s.step, strict=True)]
+        noise = torch.stack([bits(key, lay, device=p.device)[0] for key in keys])
+        return stochastic_round(new, noise).to(new.dtype)

@@ -18,7 +18,10 @@ STACK_BYTES = {"cpu": 2**18}
 """Largest stack of gradients by device: on CPU small matrices gain from sharing a call, large ones fall out of the cache."""
 
 RuleFunction = Callable[[Tensor, Tensor, Any, Layout, Mapping[str, Any]], Rule]
-"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); its result is what to subtract, times lr."""
+"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); its result is what to subtract, times lr.
+
+``state`` has the state's stacks, ``names`` (keys of randomness), and ``stored``, the dtype that the parameters are kept in.
+"""
 
 
 def bucket_size(p: Tensor, layout: Layout) -> int:
@@ -104,6 +107,7 @@ class Bucket:
         state = SimpleNamespace(
             **{name: stack[rows[0] : rows[0] + 1] if single else stack for name, stack in self.stacks.items()},
             names=[self.names[i] for i in rows],
+            stored=params[0].dtype,
         )
         for target, update in zip(params, (yield rule(p, g, state, self.layout, group)), strict=True):
             apply(target, update)

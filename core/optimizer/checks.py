@@ -22,6 +22,12 @@ def fraction(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} must be at least 0 and below 1.")
 
 
+def whole_number(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value} must be a whole number of at least {least}.")
+
+
 def positive(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is a finite number > 0."""
     if not (math.isfinite(value) and value > 0):

@@ -10,7 +10,7 @@ from .. import engine
 from ..layout import Layout, Reduce, Rule
 from ..placements import local_gradient
 from ..process_groups_config import Axis, ProcessGroupCollection
-from .sharded_optimizer import ShardedStep, check_gradients
+from .sharded_optimizer import ShardedStep, check_gradients, checks_ranks
 
 Entry = tuple[str, Tensor, Layout]
 """Name, parameter, and where it lives."""
@@ -75,7 +75,8 @@ def global_norm(
     counted = [(p, g) for p, g, lay in with_gradient if _counts(p, lay, axes)]
     squares = [_sum_of_squares(piece) for p, g in counted for piece in (value(p, g) if value else (g,))]
     mine = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=_device(entries))
-    total: Tensor = engine.run([("global norm", _sum(mine, groups.domain(axes).group))])[0]
+    norm = _sum(mine, groups.domain(axes).group)
+    total: Tensor = engine.run([("global norm", norm)], check=checks_ranks())[0]
     return total.sqrt()
 
 

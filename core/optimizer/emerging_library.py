@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """What :func:`on_whole_tensors` must know of a class that is not as most are."""
 
 
+@cache
 def library_optimizer(name: str) -> type[LibraryStep]:
     """The class that is called ``name`` in :data:`LIBRARY`."""
     theirs = LIBRARY[name]

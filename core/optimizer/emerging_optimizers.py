@@ -340,11 +340,29 @@ def get_optimizer(
     routed = route(config, model_chunks, defaults, param_overrides or {}, groups)
     decoupled = {"adam": "adamw"} if config.decoupled_weight_decay else {}
     routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
-    members = {}
-    for name in dict.fromkeys(r.optimizer for r in routed):
+    members: dict[str, Optimizer] = {}
+    stages = groups.gather(groups.domain((groups.axis("pp"),)), list(dict.fromkeys(r.optimizer for r in routed)))
+    # In one order on all stages: a norm over the whole model is a collective of its own.
+    here = {r.optimizer for r in routed}
+    for name in (name for name in dict.fromkeys(name for stage in stages for name in stage) if name in here):
         mine = param_groups([r for r in routed if r.optimizer == name])
         optimizer, init_state = _create_emerging_optimizer(config, mine, name, model_chunks, groups)
         check_settings(name, optimizer)
         init_state(optimizer, config)
         members[name] = optimizer
+    _check_global_clips(members, stages, groups)
     return ChainedOptimizer(members, groups)
+
+
+def _check_global_clips(
+    members: dict[str, Optimizer], stages: Sequence[Sequence[str]], groups: ProcessGroupCollection
+) -> None:
+    """Refuse, on all stages, an optimizer that clips by a norm over the whole model and is missing on one of them."""
+    mine = [name for name, member in members.items() if getattr(member, "max_norm", None) is not None]
+    for clipping in groups.gather(groups.domain((groups.axis("pp"),)), mine):
+        for name in clipping:
+            if missing := [i for i, stage in enumerate(stages) if name not in stage]:
+                raise ValueError(
+                    f"{name} clips by a norm over the whole model, but pipeline stages {missing} have no parameter for it and "
+                    f"would not take part; give every stage one, or turn its clipping off ({name}_max_grad_norm=0)."
+                )

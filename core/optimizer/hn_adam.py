@@ -59,12 +59,12 @@ class HNAdam(ShardedStep, Optimizer):  # type: ignore[misc]
     Args:
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
         lr: Learning rate.
-        betas: Decays of the running means of the gradient and of its power, in [0, 1). ``trustformers`` has (0.9, 0.999).
+        betas: Decays of the running means of the gradient and of its power, in [0, 1); trustformers itself has (0.9, 0.999).
         eps: Added to the denominator.
         weight_decay: ≥ 0; decoupled.
         variant: The rule.
-        lam0: Λ₀ > 1 of ``paper``; None draws one for all parameters, uniformly from [2, 4), by ``seed``. Kept in the parameter
-            group, and so in checkpoints.
+        lam0: Λ₀ > 1 of ``paper``; None draws one for all parameters, uniformly from [2, 4), by ``seed``: the same on every
+            rank, and when a run is resumed with the same seed.
         seed: See ``lam0``.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded.
 

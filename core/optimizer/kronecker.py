@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..layout import Layout
 from ..linalg.roots import eigen, inverse_root
 from ..process_groups_config import ProcessGroupCollection
-from .checks import choice, fraction, non_negative, positive
+from .checks import choice, fraction, non_negative, positive, whole_number
 from .whole import WholeMode, WholeState, WholeStep
 
 Graft = Literal["none", "sgd", "adagrad"]
@@ -84,7 +84,7 @@ class Shampoo(DenseFactors, Optimizer):  # type: ignore[misc]
         fraction("momentum", momentum)
         non_negative("weight_decay", weight_decay)
         choice("grafting", grafting, get_args(Graft))
-        positive("precondition_frequency", precondition_frequency)
+        whole_number("precondition_frequency", precondition_frequency, 1)
         positive("eps", eps)
         if not 0 < beta <= 1:
             raise ValueError(f"beta={beta} must be above 0 and at most 1; 1 sums the statistics.")
@@ -147,7 +147,7 @@ class Soap(DenseFactors, Optimizer):  # type: ignore[misc]
         lr: Learning rate.
         betas: β1, β2, in [0, 1).
         shampoo_beta: β, in [0, 1); None for β2.
-        eps: ε ≥ 0.
+        eps: ε > 0.
         weight_decay: wd ≥ 0, decoupled.
         precondition_frequency: Steps from one power iteration to the next, at least 1.
         max_precond_dim: A dim of the whole matrix that is larger is not rotated.
@@ -185,7 +185,7 @@ class Soap(DenseFactors, Optimizer):  # type: ignore[misc]
         fraction("shampoo_beta", betas[1] if shampoo_beta is None else shampoo_beta)
         positive("eps", eps)
         non_negative("weight_decay", weight_decay)
-        positive("precondition_frequency", precondition_frequency)
+        whole_number("precondition_frequency", precondition_frequency, 1)
         positive("max_precond_dim", max_precond_dim)
         self.tp_mode = tp_mode
         self.pg_collection = pg_collection

@@ -57,11 +57,17 @@ class LibraryStep(WholeStep):
         self._takes_decay = "weight_decay" in given
         vars(self).update({k: v for k, v in given.items() if k not in defaults and not hasattr(self, k)})
         self._check_start()
-        self._probes: dict[tuple[int, ...], dict[str, Any]] = {}
+        self._probes: dict[Any, dict[str, Any]] = {}
+        self._given = given
         super().__init__(params, defaults)  # type: ignore[call-arg]
         self.take_state()
-        if _looks_at_weights(self.inner, given):
-            self._construct_on_wholes(given)
+        self._construct_on_wholes([p for group in self.param_groups for p in group["params"]])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in the base class; checks and changes the weights as the constructor of the inner class does."""
+        super().add_param_group(param_group)
+        if self._ready:
+            self._construct_on_wholes(self.param_groups[-1]["params"])
 
     def layout(self, p: Tensor) -> Layout:
         """As in the base class; refuses a dtype that the inner class cannot compute in."""
@@ -74,7 +80,7 @@ class LibraryStep(WholeStep):
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         """What the inner class keeps for a tensor of ``shape``; numbers as float64 on the host."""
-        specs = {slot: _spec(value) for slot, value in _flat(self._probe(shape)).items()}
+        specs = {slot: _spec(value) for slot, value in _flat(self._probe(shape, group)).items()}
         return {**specs, DRAWS: _spec(0)} if self.random else specs
 
     def fresh_state(self, unit: Unit, like: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -83,20 +89,27 @@ class LibraryStep(WholeStep):
         if unit.home.here:
             dtype = torch.promote_types(like.dtype, torch.float32)
             whole = nn.Parameter(torch.empty(unit.layout.shape, dtype=dtype, device=like.device))
+            self._lend(group)
             _store(type(self).initialise(self._inner, whole), state)
         return state
 
     def update_whole_(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any], name: str) -> None:
         """One step of the inner class, with the settings of ``group``."""
-        param, inside, slots = nn.Parameter(p), self._inner.param_groups[0], vars(s)
+        param, slots = nn.Parameter(p), vars(s)
         param.grad = g
-        kept = inside if self._takes_decay else [k for k in inside if k != "weight_decay"]
-        inside |= {k: group[k] for k in kept if k != "params"} | {"lr": float(group["lr"]), "params": [param]}
-        self._inner.state = defaultdict(dict, {param: _restored(self._probe(tuple(p.shape)), slots)})
+        finite = bool(g.isfinite().all())
+        inside = self._lend(group)
+        inside["params"] = [param]
+        self._inner.state = defaultdict(dict, {param: _restored(self._probe(tuple(p.shape), group), slots)})
         try:
             with torch.compiler.set_stance("force_eager"), self._seeded(p, slots, name):
                 self._inner.step()
             state = self._inner.state[param]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if finite:
+                raise
+            p.fill_(torch.nan)  # what the other classes make of such a gradient
+            return
         finally:
             self._inner.state, inside["params"] = defaultdict(dict), []
         _store({k: v for k, v in state.items() if k not in self.transient}, slots)
@@ -116,13 +129,22 @@ class LibraryStep(WholeStep):
                 torch.cuda.default_generators[p.device.index].manual_seed(seed)
             yield
 
-    def _probe(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """The inner class's state of a tensor of ``shape``, without memory."""
-        if shape not in self._probes:
+    def _lend(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the inner class the settings of ``group``; returns its parameter group."""
+        inside = self._inner.param_groups[0]
+        kept = inside if self._takes_decay else [k for k in inside if k != "weight_decay"]
+        inside |= {k: group[k] for k in kept if k != "params"} | {"lr": float(group["lr"])}
+        return inside
+
+    def _probe(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
+        """The inner class's state of a tensor of ``shape`` in ``group``, without memory."""
+        key = shape, *(repr(v) for k, v in group.items() if k in self.defaults and k != "lr")
+        if key not in self._probes:
             # float64, to tell what follows the parameter's dtype from what is float32 by default.
             like = nn.Parameter(torch.empty(shape, dtype=torch.float64, device="meta"))
-            self._probes[shape] = type(self).initialise(self._inner, like)
-        return self._probes[shape]
+            self._lend(group)
+            self._probes[key] = type(self).initialise(self._inner, like)
+        return self._probes[key]
 
     def _check_start(self) -> None:
         zeros, ones = (
@@ -134,18 +156,20 @@ class LibraryStep(WholeStep):
                 f"as a WholeStep of its own."
             )
 
-    def _construct_on_wholes(self, given: dict[str, Any]) -> None:
+    def _construct_on_wholes(self, params: list[Tensor]) -> None:
         """Let the inner class check or change the whole weights as its constructor does."""
+        if not _looks_at_weights(self.inner, self._given):
+            return
         refused: list[str] = []
 
         def work(unit: Unit, whole: Tensor) -> None:
             try:
-                self.inner([nn.Parameter(whole)], **given)
+                self.inner([nn.Parameter(whole)], **self._given)
             except ValueError as error:
                 refused.append(f"{unit.name}: {error}")
 
         # On the meta device, where plans are checked, there are no weights to look at.
-        params = [p for group in self.param_groups for p in group["params"] if not p.is_meta]
+        params = [p for p in params if not p.is_meta]
         with torch.no_grad():
             engine.run((self._name(p), self.on_wholes(p, [], work)) for p in params)
         for domain in dict.fromkeys(unit.home.domain for p in params for unit in self._parameters[p].units):

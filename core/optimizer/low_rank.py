@@ -13,7 +13,7 @@ from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
 from .adam import check_adam
 from .buckets import RuleFunction
-from .checks import choice, non_negative
+from .checks import choice, non_negative, whole_number
 from .moments import bias_correction
 from .projectors import Drawn, Orthonormalize, Projector, Sides, projection, projection_specs
 from .sharded_optimizer import ShardedStep
@@ -79,8 +79,8 @@ class Apollo(ShardedStep, Optimizer):  # type: ignore[misc]
     ) -> None:
         check_adam(lr, betas, eps, weight_decay)
         non_negative("scale", scale)
-        if update_steps < 1:
-            raise ValueError(f"update_steps={update_steps} must be at least 1.")
+        whole_number("update_steps", update_steps, 1)
+        whole_number("rank", rank, 1)
         choice("projector", projector, get_args(Projector))
         choice("pca_orthonormalize", pca_orthonormalize, get_args(Orthonormalize))
         self.pg_collection = pg_collection

@@ -94,12 +94,12 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
                     kept.setdefault(slot, []).append(local(member.state[p][slot]))
                     was = rows.get((kind, slot), StateMemory(kind, slot, 0, 0, 0, 0))
                     rows[kind, slot] = StateMemory(
-                        kind, slot, was.parameters + size, was.whole + whole, was.predicted + here, 0
+                        kind, slot, was.parameters + size, was.whole + whole, was.predicted + here, was.measured
                     )
         for slot, tensors in kept.items():
             row = rows[kind, slot]
             rows[kind, slot] = StateMemory(
-                kind, slot, row.parameters, row.whole, row.predicted, _storage_bytes(tensors)
+                kind, slot, row.parameters, row.whole, row.predicted, row.measured + _storage_bytes(tensors)
             )
     return MemoryReport(tuple(rows.values()), entries)
 

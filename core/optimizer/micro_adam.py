@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..process_groups_config import ProcessGroupCollection
 from .adam import check_adam
-from .checks import positive
+from .checks import positive, whole_number
 from .whole import WholeMode, WholeState, WholeStep
 
 LEVELS = 15
@@ -73,10 +73,9 @@ class MicroAdam(WholeStep, Optimizer):  # type: ignore[misc]
             ("block_size", block_size, 2**15),
             ("quant_block_size", quant_block_size, math.inf),
         ):
-            if not 1 <= size <= most:
-                raise ValueError(
-                    f"{name}={size} must be at least 1" + (f" and at most {most}." if most < math.inf else ".")
-                )
+            whole_number(name, size, 1)
+            if size > most:
+                raise ValueError(f"{name}={size} must be at most {most}.")
         self.tp_mode = tp_mode
         self.pg_collection = pg_collection
         defaults = {

@@ -71,18 +71,18 @@ class OptimizerConfig:
     """Settings of every optimizer; an optimizer takes ``{its name}_{argument}``, or else ``{argument}``.
 
     Besides the fields, any plain argument of any registered optimizer is a setting: :meth:`from_dict` takes
-    ``lion_betas=(0.9, 0.98)``, and ``config.lion_betas`` gives it back. What nobody set, the optimizer's own default decides.
+    ``lion_betas=(0.9, 0.98)``, and ``config.lion_betas`` gives it back. Of these, what nobody set is the optimizer's own default.
 
     Attributes:
         optimizer: Registered name.
         lr: Learning rate.
         min_lr: Where schedules end.
-        weight_decay: Coefficient of weight decay.
-        decoupled_weight_decay: False adds it to the gradient instead.
+        weight_decay: Coefficient of weight decay, of every optimizer.
+        decoupled_weight_decay: False adds it to the gradient instead, in ``adam``, ``radam`` and Muon.
         clip_grad: Largest global gradient norm; 0 for no clipping.
         adam_beta1: Decay of Adam's mean of the gradient.
         adam_beta2: Decay of Adam's mean of the squared gradient.
-        adam_eps: Added to Adam's denominator.
+        adam_eps: Added to the denominator of adam and adamw; others have ``<name>_eps``.
         sgd_momentum: Momentum of SGD.
         sgd_nesterov: Nesterov momentum of SGD.
         muon_momentum: Momentum of Muon.

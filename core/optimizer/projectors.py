@@ -70,7 +70,7 @@ def projection(x: Tensor, s: Any, lay: Layout, group: Mapping[str, Any], drawn: 
     made = []
     for name, t in zip(s.names, steps, strict=True):
         number = (t - 1) // group["update_steps"]
-        what = (number, x.dtype, x.device)
+        what = (number, x.dtype, x.device, *(group[k] for k in ("seed", "projector", "rank")))
         if drawn.get(name, (None,))[0] != what:
             drawn[name] = what, draw(lay, group, name, number, x)
         made.append(drawn[name][1])
@@ -123,7 +123,7 @@ def fit(a: Tensor, x: Tensor, lay: Layout, max_steps: int, orthonormalize: Ortho
         slope, loss = yield lay.across((2 / size) * error @ down.mT, sides.kept), lay.mean(error.square())
         a.sub_(slope / (var + 1e-6))
         yield _orthonormalize(a, lay, sides, orthonormalize)
-        if previous is not None and -1e-4 * var <= loss - previous <= 0:
+        if not loss.isfinite() or (previous is not None and -1e-4 * var <= loss - previous <= 0):
             break
         previous = loss
 
@@ -134,7 +134,7 @@ def _orthonormalize(a: Tensor, lay: Layout, sides: Sides, how: Orthonormalize) -
     if how == "qr":
         # The slope is orthogonal to A's columns, so AᵀA is at least the identity: squaring it costs no accuracy.
         gram = yield lay.across(a.double().mT @ a.double(), sides.projected)
-        r = torch.linalg.cholesky(gram).mT
+        r = torch.linalg.cholesky_ex(gram).L.mT
         a.copy_(torch.linalg.solve_triangular(r, a.double(), upper=True, left=False))
 
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..linalg.roots import norm_lower_bound, rotate_towards_symmetry
 from ..process_groups_config import ProcessGroupCollection
 from ..random import Key, normal
-from .checks import choice, fraction, non_negative, positive
+from .checks import choice, fraction, non_negative, positive, whole_number
 from .kronecker import STEP, MatrixStep
 from .whole import WholeMode, WholeState
 
@@ -90,7 +90,7 @@ class WhiteKron(MatrixStep, Optimizer):  # type: ignore[misc]
         fraction("momentum", momentum)
         non_negative("weight_decay", weight_decay)
         choice("lr_style", str(lr_style), ("adam", "None"))
-        positive("block_size", block_size)
+        whole_number("block_size", block_size, 1)
         positive("max_size_dense", max_size_dense)
         positive("preconditioner_init_scale", preconditioner_init_scale)
         positive("noise_scale", noise_scale)

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import engine
 from ..layout import Layout, Rule
@@ -13,6 +14,7 @@ from ..placements import check_gradient, layout_of, local
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec, sizes
 from .buckets import Bucket, RuleFunction, bucket_size
+from .settings import constructor_arguments
 
 CHECK = "SHARDSTEP_CHECK"
 """Environment variable: ``1`` makes every step compare what the ranks ask for before each collective."""
@@ -42,9 +44,14 @@ def load_state(
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and name in before[0].get(p, {}):
-                    kept = before[0][p][name]
-                    optimizer.state[p][name] = value.to(kept.device, kept.dtype)
+                kept = before[0].get(p, {}).get(name)
+                if isinstance(kept, Tensor) and isinstance(value, Tensor | int | float):
+                    optimizer.state[p][name] = torch.as_tensor(value).to(kept.device, kept.dtype)
+        # Settings that the one who saved did not have.
+        for member in getattr(optimizer, "optimizers", (optimizer,)):
+            for group in member.param_groups:
+                for name, value in member.defaults.items():
+                    group.setdefault(name, value)
         take()
     except Exception:
         optimizer.__setstate__({"state": before[0], "param_groups": before[1]})
@@ -65,7 +72,9 @@ class ShardedStep:
     """Tensor-parallel modes that are exact, for a class that takes ``tp_mode``."""
 
     param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
     state: Any
+    _ready = False
     pg_collection: ProcessGroupCollection | None
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
@@ -140,7 +149,12 @@ class ShardedStep:
         load_state(self, state_dict, super().load_state_dict, self.take_state)  # type: ignore[misc]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; refuses parameters that the rule cannot serve before they are added."""
+        """As in torch; refuses parameters that the rule cannot serve before they are added, and makes their state.
+
+        Raises:
+            ValueError: for such parameters, and for an argument of the constructor that is the same for all groups.
+        """
+        self._check_settings(param_group)
         super().add_param_group(param_group)  # type: ignore[misc]
         try:
             for p in self.param_groups[-1]["params"]:
@@ -148,11 +162,37 @@ class ShardedStep:
         except ValueError:
             self.param_groups.pop()
             raise
+        if self._ready:
+            self._init_group(self.param_groups[-1])
+
+    def _check_settings(self, param_group: Mapping[str, Any]) -> None:
+        given = {k: v for k, v in param_group.items() if k in constructor_arguments(type(self)) and k != "params"}
+        for argument in given:
+            if argument not in self.defaults:
+                raise ValueError(
+                    f"{type(self).__name__} takes {argument} for all parameters alike, not in a parameter group; give it to the "
+                    f"constructor, or make a second optimizer."
+                )
+        if given:
+            # The constructor knows what is possible.
+            cls: Any = type(self)
+            try:
+                cls([torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))], **given)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"in a parameter group of {cls.__name__}: {error}") from error
 
     def take_state(self) -> None:
         """Make what state is missing, and copy what somebody put into ``self.state``."""
         for group in self.param_groups:
             self._init_group(group)
+        self._ready = True
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse copies and pickles: process groups and shared memory have none."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled; make another one of the same parameters and give it "
+            f"load_state_dict(optimizer.state_dict()), or save with core.checkpoint."
+        )
 
     def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
         p.add_(update, alpha=-float(group["lr"]))
@@ -168,14 +208,18 @@ class ShardedStep:
         return self._collection
 
     def _name(self, p: Tensor) -> str:
-        for group in self.param_groups:
-            for other, name in zip(group["params"], group.get("param_names", ()), strict=False):
-                if other is p:
-                    return str(name)
-        return f"parameter of shape {tuple(p.shape)}"
+        names = self.__dict__.setdefault("_names", WeakTensorKeyDictionary())
+        if p not in names:
+            for group in self.param_groups:
+                names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+            names.setdefault(p, f"parameter of shape {tuple(p.shape)}")
+        return str(names[p])
 
     def _key(self, p: Tensor) -> str:
-        """By which randomness of ``p`` is keyed: its name, or else its position among all parameters, on every layout."""
+        """By which randomness of ``p`` is keyed: its name, or else its position among the parameters of this optimizer.
+
+        A position is the same on every tensor-parallel layout; over pipeline stages only names are.
+        """
         at = 0
         for group in self.param_groups:
             names = group.get("param_names", ())
@@ -187,10 +231,10 @@ class ShardedStep:
 
     def _buckets(self, group: Mapping[str, Any]) -> list[Bucket]:
         """The buckets of ``group``; made anew when its list of parameters is no longer the one they were made of."""
-        made: dict[tuple[int, ...], list[Bucket]] = self.__dict__.setdefault("_made", {})
-        key = tuple(id(p) for p in group["params"])
+        made: dict[tuple[Any, ...], list[Bucket]] = self.__dict__.setdefault("_made", {})
+        key = tuple((id(p), p.dtype, p.device) for p in group["params"])
         if key not in made:
-            alive = {tuple(id(p) for p in other["params"]) for other in self.param_groups}
+            alive = {tuple((id(p), p.dtype, p.device) for p in other["params"]) for other in self.param_groups}
             for gone in [k for k in made if k not in alive]:
                 del made[gone]
             made[key] = list(self._make_buckets(group))

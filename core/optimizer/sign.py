@@ -24,6 +24,9 @@ class Lion(ElementwiseStep, Optimizer):  # type: ignore[misc]
         mu_dtype: Dtype of the stored momentum, ``float32`` or ``bfloat16``; None: the parameter's, but at least float32.
         pg_collection: Process groups, for the layout of what is saved.
 
+    The sign of NaN is 0: a gradient that is not a number leaves its entry's mean NaN and the weight alone. Check gradients first
+    (``clip_grad_norm_``).
+
     Raises:
         ValueError: for an argument out of range.
 

@@ -12,7 +12,7 @@ from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
 from .adam import check_adam
 from .buckets import RuleFunction
-from .checks import fraction, non_negative
+from .checks import fraction, non_negative, positive
 from .clip import GlobalClip
 from .factored import keep_new_
 from .fused_adam import SPECS, adam_step_
@@ -108,7 +108,7 @@ class Lars(ShardedStep, Optimizer):  # type: ignore[misc]
         lr: Learning rate.
         momentum: μ, in [0, 1).
         weight_decay: λ ≥ 0.
-        trust_coefficient: η ≥ 0.
+        trust_coefficient: η > 0.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded.
 
     Raises:
@@ -129,7 +129,7 @@ class Lars(ShardedStep, Optimizer):  # type: ignore[misc]
         non_negative("lr", float(lr))
         fraction("momentum", momentum)
         non_negative("weight_decay", weight_decay)
-        non_negative("trust_coefficient", trust_coefficient)
+        positive("trust_coefficient", trust_coefficient)
         self.pg_collection = pg_collection
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient})

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layout import Layout, Move, Placement, Rule, Split
 from ..on_matrix import shard_of
@@ -128,7 +129,9 @@ class WholeStep(ShardedStep):
     result is, bit for bit, that of the unsharded parameter. Parts of a fused weight (the parameter's attribute
     ``matrix_parts``) are tensors of their own.
 
-    State tensors have the whole shape on ranks that work on the parameter, and no entries on the others.
+    State tensors have the whole shape on ranks that work on the parameter, and no entries on the others. So a rank's
+    ``state_dict()`` holds its part alone: save with :mod:`core.checkpoint`, which knows where the parts are, or use
+    ``duplicated`` with checkpoint code that takes plain state for replicated.
     """
 
     kind = "matrix"
@@ -206,7 +209,8 @@ class WholeStep(ShardedStep):
                     if tuple(state[name].shape) != expected:
                         raise ValueError(
                             f"{unit.name}: state {name!r} has shape {tuple(state[name].shape)} but this rank keeps {expected} "
-                            f"of it; load a state of the same optimizer and layout, or reshard it first."
+                            f"of it; load a state of the same optimizer and layout, with groups added in the same order, or "
+                            f"reshard it first."
                         )
                     state[name] = state[name].to(spec.device_for(shard.device), spec.dtype_for(p.dtype))
 
@@ -237,15 +241,24 @@ class WholeStep(ShardedStep):
         lay, home = unit.layout, unit.home
         there = None if home.domain.size == 1 else home.placement(lay)
         whole = x if there is None else (yield Move(x, len(x), lay.placement, there, x.dtype, x.device))
-        out = None
+        out, failed = None, None
         if home.here:
             wholes = [_in_order(y) for y in whole.to(torch.promote_types(x.dtype, torch.float32))]
-            work(unit, *wholes)
+            try:
+                if prod(lay.shape):
+                    work(unit, *wholes)
+            except Exception as error:  # raised below: the other ranks are waiting for what comes back
+                failed = error
             out = wholes[0].to(dtype).unsqueeze(0)
         if there is None or home.owner is None:
             assert out is not None
-            return shard_of(out, lay)
-        return (yield Move(out, 1, there, lay.placement, dtype, x.device))
+            back = shard_of(out, lay)
+        else:
+            back = yield Move(out, 1, there, lay.placement, dtype, x.device)
+        if failed is not None:
+            failed.add_note(f"{unit.name}: this rank failed to update it; the other ranks went on.")
+            raise failed
+        return back
 
     def _update(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
         def work(unit: Unit, whole: Tensor, g: Tensor) -> None:
@@ -261,9 +274,9 @@ class WholeStep(ShardedStep):
                 yield slot + unit.suffix, spec, unit
 
     @property
-    def _parameters(self) -> dict[Tensor, Parameter]:
-        made: dict[Tensor, Parameter] = self.__dict__.setdefault("_made_parameters", {})
-        return made
+    def _parameters(self) -> Any:
+        """Parameter → :class:`Parameter`."""
+        return self.__dict__.setdefault("_made_parameters", WeakTensorKeyDictionary())
 
     def _find_homes(self) -> None:
         """Deal the parameters that have no home yet: the dearest first, each to the rank with the least to do."""
