@@ -143,7 +143,22 @@ def _join(axes: tuple[Axis, ...]) -> Domain:
     lines: list[Any] = [None] * first.size
     dist.all_gather_object(lines, last.ranks, group=first.group)
     ranks = sorted(rank for line in lines for rank in line)
-    group = dist.new_group(ranks, use_local_synchronization=True)
+    group = _group_of(tuple(ranks))
     coords: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(coords, tuple(axis.index for axis in axes), group=group)
     return Domain(names, tuple(ranks), tuple(coords), dist.get_rank(group), group)
+
+
+_GROUPS: dict[tuple[int, ...], ProcessGroup] = {}
+"""Joint groups by their ranks. Every one costs connections, so that two optimizers, or a thousand tests, share them."""
+
+
+def _group_of(ranks: tuple[int, ...]) -> ProcessGroup:
+    known = _GROUPS.get(ranks)
+    try:
+        alive = known is not None and dist.get_process_group_ranks(known) == list(ranks)
+    except KeyError:  # of a job that ended in this process
+        alive = False
+    if not alive:
+        _GROUPS[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _GROUPS[ranks]
