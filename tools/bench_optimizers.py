@@ -85,7 +85,10 @@ PEERS: dict[str, dict[str, Make]] = {
         "timm": peer(f"{TIMM}.Lamb", max_grad_norm=None),
         "bitsandbytes": peer(f"{BNB}.LAMB", max_unorm=1.0),
     },
-    "lars": {"pytorch_optimizer": peer(f"{PO}.LARS"), "timm": peer(f"{TIMM}.Lars")},
+    "lars": {
+        "pytorch_optimizer": peer(f"{PO}.LARS", weight_decay=1e-4),
+        "timm": peer(f"{TIMM}.Lars", momentum=0.9, weight_decay=1e-4, always_adapt=True),
+    },
     "adafactor": {
         "torch foreach": peer(f"{TORCH}.Adafactor", foreach=True),
         "torch, a loop": peer(f"{TORCH}.Adafactor", foreach=False),
@@ -93,10 +96,22 @@ PEERS: dict[str, dict[str, Make]] = {
     },
     "came": {"pytorch_optimizer": peer(f"{PO}.CAME")},
     "mars": {"pytorch_optimizer": peer(f"{PO}.MARS"), "timm": peer(f"{TIMM}.Mars")},
+    # Of these nobody else has the same rule, or none that runs on a processor.
+    "adafactor_sr": {},
+    "sophia": {},
+    "bge_adam": {},
+    "hn_adam": {},
+    "apollo": {},
 }
 """By our name. A peer keeps its own defaults where the rule has no common ones; its work a step is what is compared."""
 
-OURS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+OURS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9},
+    "rmsprop": {"variant": "torch"},
+    "lars": {"weight_decay": 1e-4},
+}
+WARM_UP = 8
+"""Steps that do not count: RAdam's first ones are cheaper, since they are not rectified or, in some versions, not taken."""
 PACKAGES = ("pytorch_optimizer", "schedulefree", "timm", "bitsandbytes")
 
 
@@ -113,13 +128,15 @@ def candidate(make: Make, grads: Sequence[Tensor]) -> Any:
 
 
 def measure(name: str, reps: int, grads: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Seconds of each step of ours and its peers, after two that do not count."""
+    """Seconds of each step of ours and its peers, after :data:`WARM_UP`."""
     cls: Any = _entry(name).optimizer_cls
+    if _entry(name).default_param_overrides:
+        grads = [g for g in grads if g.ndim == 2]
     makes: dict[str, Make] = {"shardstep": lambda params: cls(params, lr=1e-4, **OURS.get(name, {})), **PEERS[name]}
     optimizers = {who: candidate(make, grads) for who, make in makes.items()}
     seconds: dict[str, list[float]] = {who: [] for who in makes}
     order = list(makes)
-    for rep in range(-2, reps):
+    for rep in range(-WARM_UP, reps):
         for i in range(len(order)):
             who = order[(i + rep) % len(order)]
             start = time.perf_counter()
@@ -131,10 +148,10 @@ def measure(name: str, reps: int, grads: Sequence[Tensor]) -> dict[str, list[flo
 
 def lines(name: str, seconds: dict[str, list[float]]) -> Iterator[tuple[str, ...]]:
     """A line for each candidate: ratio of medians to the fastest peer's."""
-    best = min(statistics.median(times) for who, times in seconds.items() if who != "shardstep")
+    best = min((statistics.median(times) for who, times in seconds.items() if who != "shardstep"), default=None)
     for who, times in seconds.items():
         median = statistics.median(times)
-        yield name, who, f"{1e3 * median:.0f} ({1e3 * min(times):.0f})", f"{median / best:.2f}"
+        yield name, who, f"{1e3 * median:.0f} ({1e3 * min(times):.0f})", f"{median / best:.2f}" if best else "no peer"
 
 
 def main() -> None:
