@@ -33,14 +33,14 @@ FLAGS = {
     "apollo": "--lr 5e-3 --apollo-rank 16",  # with rank 1 its scale divides by single numbers near 0
     "came": "--lr 5e-4",
     "eo_adaptive_muon": "--lr 2e-3",
-    "eo_soap": "--lr 5e-5",
+    "eo_soap": "--lr 5e-3 --eo-soap-eps 1e-2",
     "lamb": "--lr 0.1",
     "lars": "--lr 10",
-    "rekls": "--lr 5e-5",
+    "rekls": "--lr 5e-3 --rekls-eps 1e-2",
     "schedule_free_adamw": "--lr 3e-3",
     "schedule_free_sgd": "--lr 3",
     "sgd": "--lr 0.3",
-    "soap": "--lr 1e-4",  # eigenvectors of small eigenvalues are made of rounding errors; Adam gives them a whole step
+    "soap": "--lr 5e-3 --soap-eps 3e-2",  # below it, directions of no gradient but rounding get a whole step of Adam
     "sophia": "--lr 2e-3",
 }
 
