@@ -3,7 +3,8 @@
     python -m tools.bench_optimizers                 # every optimizer that has a peer
     python -m tools.bench_optimizers --names lamb came --reps 5
 
-One process. Ours and its peers take turns, step by step, on the same gradients. ``bash scripts/bootstrap.sh bench`` installs the peers.
+One process. Ours and its peers take turns, step by step, on the same gradients. ``bash scripts/bootstrap.sh bench``
+installs the peers.
 """
 
 import argparse
