@@ -340,6 +340,8 @@ def get_optimizer(
     routed = route(config, model_chunks, defaults, param_overrides or {}, groups)
     decoupled = {"adam": "adamw"} if config.decoupled_weight_decay else {}
     routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
+    for name in dict.fromkeys(r.optimizer for r in routed):
+        _check_decay(config, name)
     members: dict[str, Optimizer] = {}
     stages = groups.gather(groups.domain((groups.axis("pp"),)), list(dict.fromkeys(r.optimizer for r in routed)))
     # In one order on all stages: a norm over the whole model is a collective of its own.
@@ -352,6 +354,20 @@ def get_optimizer(
         members[name] = optimizer
     _check_global_clips(members, stages, groups)
     return ChainedOptimizer(members, groups)
+
+
+_COUPLED = ("decoupled_weight_decay", "use_decoupled_weight_decay")
+
+
+def _check_decay(config: OptimizerConfig, name: str) -> None:
+    """Refuse ``decoupled_weight_decay=False`` for an optimizer that has no other weight decay."""
+    if config.decoupled_weight_decay or name in ("adam", "sgd"):
+        return
+    if not any(argument in constructor_arguments(_entry(name).optimizer_cls) for argument in _COUPLED):
+        raise ValueError(
+            f"decoupled_weight_decay=False, but {name} does not add its weight decay to the gradient; adam, radam, sgd and "
+            f"muon do. Leave it True, or take one of these."
+        )
 
 
 def _check_global_clips(
