@@ -78,7 +78,7 @@ class OptimizerConfig:
         lr: Learning rate.
         min_lr: Where schedules end.
         weight_decay: Coefficient of weight decay, of every optimizer.
-        decoupled_weight_decay: False adds it to the gradient instead, in ``adam``, ``radam``, ``sgd`` and Muon; refused for others.
+        decoupled_weight_decay: False adds it to the gradient, in ``adam``, ``radam``, ``sgd`` and Muon; others refuse it.
         clip_grad: Largest global gradient norm; 0 for no clipping.
         adam_beta1: Decay of Adam's mean of the gradient.
         adam_beta2: Decay of Adam's mean of the squared gradient.
