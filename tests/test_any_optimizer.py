@@ -1,5 +1,6 @@
 """What a user expects of every optimizer: it gets down, stands still without a gradient, and refuses what it cannot serve."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,14 +72,8 @@ def quadratic(name: str, kwargs: dict[str, Any], lr: float, steps: int) -> float
     def loss() -> Tensor:
         return (curvature * (model.weight - target).square()).sum() / 2
 
-    first = loss().item()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
-        _backward(loss, optimizer, step)
-        optimizer.step()
-    _evaluate(optimizer)
-    return loss().item() / first
+    first, last = descend(loss, optimizer, lr, steps)
+    return last / first
 
 
 def reachable(name: str, kwargs: dict[str, Any], seed: int) -> nn.Linear:
@@ -107,6 +102,11 @@ def language_model(name: str, kwargs: dict[str, Any], lr: float, steps: int) -> 
     def loss() -> Tensor:
         return F.cross_entropy(model(context), ids[3:])
 
+    return descend(loss, optimizer, lr, steps)
+
+
+def descend(loss: Callable[[], Tensor], optimizer: Any, lr: float, steps: int) -> tuple[float, float]:
+    """The loss before and after ``steps`` with ``lr`` decaying to 0."""
     first = loss().item()
     for step in range(steps):
         for group in optimizer.param_groups:

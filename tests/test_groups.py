@@ -65,6 +65,17 @@ def test_settings_of_a_group_are_checked(name, settings, match):
         _entry(name).optimizer_cls([{"params": [weight()], **settings}], lr=0.01)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("apollo", (2, 12)), ("muon", (5,)), ("shampoo", (5,)), ("scion", (5,))])
+def test_a_group_that_is_refused_leaves_nothing_behind(name, shape):
+    cls: Any = _entry(name).optimizer_cls
+    optimizer = cls([("a", weight())], lr=0.1, **({"rank": 3} if name == "apollo" else {}))
+    odd = nn.Parameter(torch.ones(shape))
+    with pytest.raises(ValueError, match="odd"):
+        optimizer.add_param_group({"params": [("odd", odd)]})
+    assert len(optimizer.param_groups) == 1
+    assert odd not in optimizer.state
+
+
 def test_state_of_torchs_own_class_loads():
     p, q = weight(), weight()
     theirs = torch.optim.AdamW([p], lr=0.01)

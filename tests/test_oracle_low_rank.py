@@ -184,7 +184,7 @@ def test_a_rank_above_the_shorter_side_is_refused_by_name() -> None:
 
 
 def test_vectors_are_refused_by_name_and_routed_by_the_registry() -> None:
-    with pytest.raises(ValueError, match=r"bias: Apollo projects matrices, but this parameter has shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"bias: Apollo works on matrices, but this parameter has shape \(4,\)"):
         Apollo([("bias", torch.nn.Parameter(torch.ones(4)))])
     model = torch.nn.Linear(4, 4)
     chained = get_optimizer(OptimizerConfig(optimizer="apollo", lr=0.1), [model])

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
 from .checks import choice, fraction, non_negative
 from .elementwise import ElementwiseStep, States
+from .fused_adam import fused_adam_
 
 MU_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """Names of the dtypes in which a mean of gradients can be kept; None: the parameter's, but at least float32."""
@@ -90,24 +90,7 @@ class Adam(ElementwiseStep, Optimizer):  # type: ignore[misc]
             roots = denominators(squares, group["scale"], group["eps"], group["eps_root"])
             torch._foreach_addcdiv_(params, means, roots, -group["rate"])
             return
-        beta1, beta2 = group["betas"]
-        adam(
-            params,
-            grads,
-            states["exp_avg"],
-            states["exp_avg_sq"],
-            [],
-            states["step"],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            decoupled_weight_decay=self.decoupled,
-        )
+        fused_adam_(params, grads, states, group, decoupled=self.decoupled)
 
 
 class AdamW(Adam):

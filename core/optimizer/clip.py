@@ -41,12 +41,13 @@ def clip_grad_norm_(entries: Sequence[Entry], max_norm: float, groups: ProcessGr
     Raises:
         NonFiniteGradientError: on every rank, when the norm is not finite; names the first parameter and its rank.
     """
-    norm = float(global_norm(entries, groups))
+    total = global_norm(entries, groups)
+    norm = float(total)
     with_gradient = [(name, local_gradient(p)) for name, p, _ in entries if p.grad is not None]
     if norm != norm or norm == float("inf"):
         bad = [name for name, g in with_gradient if not torch.isfinite(g).all()]
         raise NonFiniteGradientError(_report(groups.gather(groups.domain(_axes(entries, groups)), bad)))
-    factor = max_norm / (norm + 1e-6)
+    factor = float(clip_factor(total, max_norm))
     if max_norm > 0 and factor < 1 and with_gradient:
         torch._foreach_mul_([g for _, g in with_gradient], factor)
     return norm

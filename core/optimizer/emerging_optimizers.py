@@ -288,7 +288,7 @@ def _library_entry(name: str) -> EmergingOptimizerEntry:
     entry = EmergingOptimizerEntry(cls)
     if name == "eo_lion":  # its second beta is the decay of a mean of the gradient, not of its square
         entry.config_to_kwargs = from_config(name)
-    return replace(entry, default_param_overrides={}) if cls.any_shape else entry
+    return replace(entry, default_param_overrides={}) if not cls.matrices_only else entry
 
 
 def _entry(name: str) -> EmergingOptimizerEntry:

@@ -42,22 +42,45 @@ def adam_step_(
 
     Source: Kingma & Ba 2014, algorithm 1, https://arxiv.org/abs/1412.6980
     """
+    states = {"exp_avg": list(s.exp_avg[at]), "exp_avg_sq": list(s.exp_avg_sq[at]), "step": list(s.step.clone())}
+    fused_adam_(
+        list(x), list(g.contiguous()), states, {**group, "lr": lr, "weight_decay": weight_decay}, decoupled=True
+    )
+    return x
+
+
+def fused_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: Mapping[str, list[Tensor]],
+    group: Mapping[str, Any],
+    *,
+    decoupled: bool,
+) -> None:
+    """Torch's kernel on lists of tensors; updates ``params`` and ``states`` :data:`SPECS`, whose ``step`` it advances by 1.
+
+    Args:
+        params: Contiguous, all of one dtype and device.
+        grads: Theirs.
+        states: State name → their state, of the same dtype; ``step`` a float32 scalar on the same device.
+        group: Holds ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+        decoupled: False adds weight decay to the gradient.
+    """
     beta1, beta2 = group["betas"]
     adam(
-        list(x),
-        list(g.contiguous()),
-        list(s.exp_avg[at]),
-        list(s.exp_avg_sq[at]),
+        params,
+        grads,
+        states["exp_avg"],
+        states["exp_avg_sq"],
         [],
-        list(s.step.clone()),  # the kernel advances it
+        states["step"],
         fused=True,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
-        decoupled_weight_decay=True,
+        decoupled_weight_decay=decoupled,
     )
-    return x

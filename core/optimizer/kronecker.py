@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Layout
 from ..linalg.roots import eigen, inverse_root
 from ..process_groups_config import ProcessGroupCollection
 from .checks import choice, fraction, non_negative, positive, whole_number
@@ -20,20 +19,10 @@ STEP = WholeState((), dtype=torch.float32, host=True)
 """Number of gradients seen."""
 
 
-class MatrixStep(WholeStep):
-    """A :class:`~.whole.WholeStep` for 2-D parameters only; others are refused at construction."""
+class DenseFactors(WholeStep):
+    """A :class:`~.whole.WholeStep` for matrices, whose factors have as many rows as the matrix has rows, or columns."""
 
-    def layout(self, p: Tensor) -> Layout:
-        if p.ndim != 2:
-            raise ValueError(
-                f"{self._name(p)}: {type(self).__name__} works on matrices, but this parameter has shape {tuple(p.shape)}; "
-                f"give it to an elementwise optimizer (adamw)."
-            )
-        return super().layout(p)
-
-
-class DenseFactors(MatrixStep):
-    """One whose factors have as many rows as the matrix has rows, or columns."""
+    matrices_only = True
 
     def cost(self, shape: tuple[int, ...]) -> float:
         """Products with both factors, and their decompositions."""

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import engine
-from ..layout import Layout
 from ..process_groups_config import ProcessGroupCollection
 from ..random import Key
 from .checks import choice, non_negative
-from .kronecker import MatrixStep
 from .settings import constructor_arguments, settings
 from .whole import Unit, WholeMode, WholeState, WholeStep
 
@@ -31,7 +29,6 @@ class LibraryStep(WholeStep):
 
     inner: type[Optimizer]
     initialise: Initialise
-    any_shape: bool
     random: bool
     transient: tuple[str, ...]
     float32_only: bool
@@ -69,14 +66,14 @@ class LibraryStep(WholeStep):
         if self._ready:
             self._construct_on_wholes(self.param_groups[-1]["params"])
 
-    def layout(self, p: Tensor) -> Layout:
+    def check(self, p: Tensor, group: Mapping[str, Any]) -> None:
         """As in the base class; refuses a dtype that the inner class cannot compute in."""
         if self.float32_only and p.dtype == torch.float64:
             raise ValueError(
                 f"{self._name(p)}: {self.inner.__name__} computes in float32, but this parameter is float64; "
                 f"make it float32, or give it to another optimizer."
             )
-        return super().layout(p)
+        super().check(p, group)
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         """What the inner class keeps for a tensor of ``shape``; numbers as float64 on the host."""
@@ -227,14 +224,14 @@ def on_whole_tensors(
     ]
     made = type(
         f"Whole{inner.__name__}",
-        (LibraryStep, WholeStep if any_shape else MatrixStep, Optimizer),
+        (LibraryStep, Optimizer),
         {
             "__doc__": f"{inner.__module__}.{inner.__name__} of whole tensors; see :func:`on_whole_tensors`.",
             "__module__": __name__,
             "__signature__": inspect.Signature(taken),
             "inner": inner,
             "initialise": staticmethod(initialise or _by_init_group),
-            "any_shape": any_shape,
+            "matrices_only": not any_shape,
             "random": random,
             "transient": transient,
             "float32_only": float32_only,

@@ -58,6 +58,8 @@ class Apollo(ShardedStep, Optimizer):  # type: ignore[misc]
     Source: Zhu et al. 2024, https://arxiv.org/abs/2412.05270; the limiter: Chen et al. 2024, https://arxiv.org/abs/2410.01623
     """
 
+    matrices_only = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -109,28 +111,15 @@ class Apollo(ShardedStep, Optimizer):  # type: ignore[misc]
         """APOLLO-Mini; arguments of :class:`ApolloMini`."""
         return ApolloMini(params, **kwargs)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; refuses parameters that have no projection of this rank before they are added."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in group["params"]:
-            shape = self.layout(p).shape
-            if not 1 <= group["rank"] <= min(shape):
-                error = (
-                    f"{self._name(p)}: rank={group['rank']} must be from 1 to {min(shape)}, the shorter side of the whole matrix "
-                    f"{shape}; lower it, or give this parameter to an elementwise optimizer (adamw)."
-                )
-                self.param_groups.pop()
-                raise ValueError(error)
-
-    def layout(self, p: Tensor) -> Layout:
-        """Where ``p`` lives."""
-        if p.ndim != 2:
+    def check(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        """As in the base class; refuses a parameter that has no projection of this rank."""
+        super().check(p, group)
+        shape = self.layout(p).shape
+        if not 1 <= group["rank"] <= min(shape):
             raise ValueError(
-                f"{self._name(p)}: {type(self).__name__} projects matrices, but this parameter has shape {tuple(p.shape)}; "
-                f"give it to an elementwise optimizer (adamw)."
+                f"{self._name(p)}: rank={group['rank']} must be from 1 to {min(shape)}, the shorter side of the whole matrix "
+                f"{shape}; lower it, or give this parameter to an elementwise optimizer (adamw)."
             )
-        return super().layout(p)
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``exp_avg``, ``exp_avg_sq`` (rank, longer side); ``update_norm``, ``step`` scalars; ``projection`` of online PCA."""

@@ -61,7 +61,9 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
     """
 
     kind = "matrix"
+    matrices_only = True
     modes = ("duplicated", "distributed", "owner")
+    _norm_eps = 0.0
 
     def __init__(
         self,
@@ -133,11 +135,6 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
 
     def layout(self, p: Tensor) -> Layout:
         """Where ``p`` and its parts live; its own shard for the whole in ``blockwise`` mode."""
-        if p.ndim != 2:
-            raise ValueError(
-                f"{self._name(p)}: {type(self).__name__} works on matrices, but this parameter has shape {tuple(p.shape)}; "
-                f"give it to an elementwise optimizer (adamw)."
-            )
         lay = layout_of(p, self._groups, part_sizes=self._part_sizes(p), name=self._name(p))
         if self.tp_mode == "blockwise":
             return lay.block
@@ -176,7 +173,8 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
     def _orthogonal(self, u: Tensor, lay: Layout, *, scaled: bool) -> Rule:
         def fn(x: Tensor, matrix: Layout) -> Rule:
             scale = self._scale(*matrix.shape) if scaled else 1.0
-            return newton_schulz(x, matrix, coefs=self._coefs, precision=self.fp32_matmul_prec, scale=scale)
+            precision = self.fp32_matmul_prec
+            return newton_schulz(x, matrix, coefs=self._coefs, precision=precision, scale=scale, eps=self._norm_eps)
 
         return orthogonal.orthogonal(u, lay, fn, mode=self.tp_mode, precision=self.fp32_matmul_prec)
 

@@ -8,10 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..layout import Layout, Rule
-from ..linalg.newton_schulz import newton_schulz
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
-from . import orthogonal
 from .buckets import RuleFunction
 from .checks import non_negative
 from .moments import bias_correction
@@ -61,7 +59,7 @@ class OptaxMuon(TensorParallelMuon):
         tp_mode: Literal["blockwise", "duplicated", "distributed", "owner"] = "owner",
     ) -> None:
         non_negative("eps", eps)
-        self.adaptive, self.eps = adaptive, eps
+        self.adaptive, self.eps, self._norm_eps = adaptive, eps, eps
         super().__init__(
             params,
             lr,
@@ -98,9 +96,3 @@ class OptaxMuon(TensorParallelMuon):
             aligned = yield [part.sum(x) for x, part in parts]
             scale = scale * lay.join_parts([a.expand_as(x) for a, (x, _) in zip(aligned, parts, strict=True)])
         return o * scale
-
-    def _orthogonal(self, u: Tensor, lay: Layout, *, scaled: bool) -> Rule:
-        def fn(x: Tensor, matrix: Layout) -> Rule:
-            return newton_schulz(x, matrix, coefs=self._coefs, precision=self.fp32_matmul_prec, eps=self.eps)
-
-        return orthogonal.orthogonal(u, lay, fn, mode=self.tp_mode, precision=self.fp32_matmul_prec)

@@ -18,8 +18,8 @@ from ..linalg.roots import norm_lower_bound, rotate_towards_symmetry
 from ..process_groups_config import ProcessGroupCollection
 from ..random import Key, normal
 from .checks import choice, fraction, non_negative, positive, whole_number
-from .kronecker import STEP, MatrixStep
-from .whole import WholeMode, WholeState
+from .kronecker import STEP
+from .whole import WholeMode, WholeState, WholeStep
 
 BETA_LIPSCHITZ = 0.95
 """Decay of the running bound on the curvature of a factor's objective."""
@@ -37,7 +37,7 @@ PROBES = 4
 """Random vectors from which a spectral norm is estimated."""
 
 
-class WhiteKron(MatrixStep, Optimizer):  # type: ignore[misc]
+class WhiteKron(WholeStep, Optimizer):  # type: ignore[misc]
     """Whitens the momentum of each block of the matrix; a subclass says how the factors move.
 
     The momentum, corrected for bias, is cut along the whole matrix's grid of blocks, those at the lower and right edge smaller
@@ -67,6 +67,8 @@ class WhiteKron(MatrixStep, Optimizer):  # type: ignore[misc]
     Raises:
         ValueError: for an argument out of range, or a parameter that is not 2-D.
     """
+
+    matrices_only = True
 
     def __init__(
         self,

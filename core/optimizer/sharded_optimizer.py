@@ -68,6 +68,8 @@ class ShardedStep:
 
     kind: Literal["elementwise", "reducing", "matrix"] = "reducing"
     """What the rule asks of other ranks: nothing, reductions, or whole matrices."""
+    matrices_only = False
+    """Whether parameters that are not 2-D are refused."""
     modes: tuple[str, ...] = ()
     """Tensor-parallel modes that are exact, for a class that takes ``tp_mode``."""
 
@@ -158,7 +160,7 @@ class ShardedStep:
         super().add_param_group(param_group)  # type: ignore[misc]
         try:
             for p in self.param_groups[-1]["params"]:
-                self.layout(p)
+                self.check(p, self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -180,6 +182,15 @@ class ShardedStep:
                 cls([torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))], **given)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"in a parameter group of {cls.__name__}: {error}") from error
+
+    def check(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming ``p``, when the rule cannot serve it with the settings of ``group``."""
+        if self.matrices_only and p.ndim != 2:
+            raise ValueError(
+                f"{self._name(p)}: {type(self).__name__} works on matrices, but this parameter has shape {tuple(p.shape)}; "
+                f"give it to an elementwise optimizer (adamw)."
+            )
+        self.layout(p)
 
     def take_state(self) -> None:
         """Make what state is missing, and copy what somebody put into ``self.state``."""
