@@ -1,5 +1,10 @@
-"""Drives the rules of all parameters in lockstep and answers each round of requests with one collective per group."""
+"""Drives the rules of all parameters in lockstep and answers each round of requests with one collective per group.
 
+Rules that bring whole matrices together run in *waves* of bounded size: while the matrices of one wave are worked on, those of
+the next travel in and the results of the last travel back.
+"""
+
+import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from inspect import isgenerator
@@ -12,8 +17,34 @@ from torch.distributed import ProcessGroup
 
 from .exchange import exchange
 from .layout import Deal, Move, Reduce, Request, Rule
+from .process_groups_config import Domain
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+WAVE = "SHARDSTEP_WAVE"
+"""Environment variable: entries of whole matrices that a rank takes in per wave; bits do not depend on it."""
+
+SMALLEST_WAVE = {"cpu": 2**20}
+"""The same by device when :data:`WAVE` is not set and no matrix is larger; a wave must be worth its two collectives."""
+
+DEPTH = 3
+"""Waves that may have tensors in memory: one travels in, one is worked on, one travels back."""
+
+
+class Work(NamedTuple):
+    """A rule and what the engine must know to put it in a wave.
+
+    Attributes:
+        label: The parameter's name.
+        rule: Not started yet.
+        cost: Relative work; the dearest goes first.
+        entries: Of the largest whole tensor that one rank gets; 0 keeps the rule out of waves.
+    """
+
+    label: str
+    rule: Rule
+    cost: float = 0.0
+    entries: int = 0
 
 
 class _Pending(NamedTuple):
@@ -22,37 +53,130 @@ class _Pending(NamedTuple):
     answer: Callable[[Any], None]
 
 
-def run(rules: Iterable[tuple[str, Rule]], *, check: bool = False) -> list[Any]:
+def run(rules: Iterable[Work | tuple[str, Rule]], *, check: bool = False) -> list[Any]:
     """Run ``rules`` to their end and return their results.
 
-    A round begins when every live rule waits. Deals are made first, then shards are moved, and reductions are answered
-    only when nobody waits for a move: so the reductions of a rule that had to move its shards first fall into the same
-    round as everybody else's. Requests of one kind go out together, one collective per process group and dtype. What
-    needs no other rank is answered at once, outside of rounds, so ranks may differ in it.
+    A round begins when every live rule waits. Shards are moved first, and reductions are answered only when nobody waits
+    for a move: so the reductions of a rule that had to move its shards first fall into the same round as everybody
+    else's. Requests of one kind go out together, one collective per process group and dtype. What needs no other rank is
+    answered at once, outside of rounds, so ranks may differ in it.
+
+    Rules with ``entries`` have rounds of their own, wave by wave. The others run while the first wave travels.
 
     Args:
-        rules: A label (the parameter's name) and a generator for each. The ranks of a process group must run the same
-            ones in the same order.
+        rules: :class:`Work`, or a label and a generator. The ranks of a process group must run the same ones in the same order.
         check: Compare what the ranks of each group ask for before every collective; slow, for debugging.
 
     Raises:
         RuntimeError: with ``check``, when ranks ask for different things; names the first label that differs.
+        ValueError: when :data:`WAVE` is not a positive number.
     """
-    loop = _Loop(check)
-    labelled = list(rules)
-    results: list[Any] = [None] * len(labelled)
-    for i, (label, rule) in enumerate(labelled):
-        loop.resume(rule, label, partial(results.__setitem__, i), None)
-    loop.finish()
-    return results
+    return Run(check=check).finish(rules)
 
 
-class _Loop:
-    def __init__(self, check: bool) -> None:
+class Run:
+    """A step whose first waves may leave before all of its rules can start.
+
+    Args:
+        check: As in :func:`run`.
+        entries: Of the largest whole tensor that will travel, when some works are added before the others are known.
+    """
+
+    def __init__(self, *, check: bool = False, entries: int = 0) -> None:
         self._check = check
-        self._pending: list[_Pending] = []
+        self._entries = entries
+        self._loads: dict[tuple[int, ...], list[float]] = {}
+        self._active: list[_Wave] = []
+        self._forming: list[_Task] = []
+        self._taken: dict[tuple[Domain, int], int] = {}
 
-    def resume(self, rule: Rule, label: str, done: Callable[[Any], None], value: Any) -> None:
+    @property
+    def begun(self) -> bool:
+        """Whether anything was added."""
+        return bool(self._loads)
+
+    def add(self, work: Work) -> None:
+        """Start a work with ``entries``; when it begins a new wave, the one before leaves. All ranks must add in one order."""
+        self._join(_Task(self._deal, work, lambda result: None))
+
+    def finish(self, rules: Iterable[Work | tuple[str, Rule]] = ()) -> list[Any]:
+        """Run ``rules``, and what was added, to their end; returns the results of ``rules``."""
+        # All of them before the first starts: they check their input as they are listed.
+        works = [Work(*work) for work in rules]
+        results: list[Any] = [None] * len(works)
+        tasks = [_Task(self._deal, work, partial(results.__setitem__, i)) for i, work in enumerate(works)]
+        travelling = sorted((task for task in tasks if task.work.entries), key=lambda task: -task.work.cost)
+        self._entries = max([self._entries, *(task.work.entries for task in travelling)])
+        staying = [task for task in tasks if not task.work.entries]
+        for task in travelling:
+            self._join(task)
+            if self._active and staying:
+                # They work while the first wave travels.
+                self._stay(staying)
+                staying = []
+        self._leave()
+        self._stay(staying)
+        while self._active:
+            self._turn(None)
+        return results
+
+    def _deal(self, request: Deal) -> list[int]:
+        """Each matrix to the rank, or team, with the least to do. The dearest start first: longest processing time first."""
+        domain = request.domain
+        load = self._loads.setdefault(domain.ranks, [0.0] * domain.size)
+        team = domain.team_size
+        owners = []
+        for _ in range(request.count):
+            owner = min(range(domain.teams), key=lambda k: max(load[k * team : (k + 1) * team]))
+            for rank in range(owner * team, (owner + 1) * team):
+                load[rank] += request.cost / team
+            owners.append(owner)
+        return owners
+
+    def _stay(self, tasks: list["_Task"]) -> None:
+        _finish(_Wave(self._check, [task.start() for task in tasks]))
+
+    def _join(self, task: "_Task") -> None:
+        """Start ``task`` and put it in the wave that is being formed, or in the next when that would bring a rank too much."""
+        limit = _wave_limit(self._entries, task.start())
+        brings = _entries(task)
+        if any(self._taken.get(rank, 0) + n > limit for rank, n in brings.items()):
+            self._leave()
+        self._forming.append(task)
+        for rank, n in brings.items():
+            self._taken[rank] = self._taken.get(rank, 0) + n
+
+    def _leave(self) -> None:
+        """Send off the wave that is being formed."""
+        if self._forming:
+            tasks, self._forming, self._taken = self._forming, [], {}
+            self._turn(_Wave(self._check, tasks))
+
+    def _turn(self, fresh: "_Wave | None") -> None:
+        """Work on the newest wave that has arrived while ``fresh`` and the older ones travel."""
+        for wave in reversed(self._active):
+            wave.receive()
+        for wave in self._active:
+            wave.send()
+        self._active = [wave for wave in (*self._active, fresh) if wave and wave.travels]
+        while len(self._active) >= DEPTH:
+            _finish(self._active.pop(0))
+
+
+class _Task:
+    """A rule that is being run, and what it waits for."""
+
+    def __init__(self, deal: Callable[[Deal], list[int]], work: Work, done: Callable[[Any], None]) -> None:
+        self.work = work
+        self.pending: list[_Pending] = []
+        self._deal = deal
+        self._done = done
+
+    def start(self) -> "_Task":
+        self._resume(self.work.rule, self._done, None)
+        return self
+
+    def _resume(self, rule: Rule, done: Callable[[Any], None], value: Any) -> None:
         """Send ``value`` to ``rule`` and take up what it yields, until it waits; call ``done`` with its result at the end."""
         while True:
             try:
@@ -60,14 +184,15 @@ class _Loop:
             except StopIteration as stop:
                 done(stop.value)
                 return
-            answers = self._ask(asked, label, partial(self.resume, rule, label, done))
+            many = isinstance(asked, tuple | list)
+            value = None
+            answers = self._ask(list(asked) if many else [asked], many, partial(self._resume, rule, done))
             if answers is None:
                 return
-            value = answers if isinstance(asked, tuple | list) else answers[0]
+            value = answers if many else answers[0]
 
-    def _ask(self, asked: Any, label: str, go_on: Callable[[Any], None]) -> list[Any] | None:
+    def _ask(self, wants: list[Any], many: bool, go_on: Callable[[Any], None]) -> list[Any] | None:
         """The answers, if none needs another rank; or None, and ``go_on`` is called with them later."""
-        wants = list(asked) if isinstance(asked, tuple | list) else [asked]
         answers: list[Any] = [None] * len(wants)
         missing = len(wants)
         waits = False
@@ -77,72 +202,152 @@ class _Loop:
             answers[k] = value
             missing -= 1
             if waits and not missing:
-                go_on(answers if isinstance(asked, tuple | list) else answers[0])
+                go_on(answers if many else answers[0])
 
         for k, want in enumerate(wants):
             if isgenerator(want):
-                self.resume(want, label, partial(answer, k), None)
+                self._resume(want, partial(answer, k), None)
+            elif isinstance(want, Deal):
+                answer(k, self._deal(want))
             elif isinstance(want, Reduce) and not want.groups:
                 answer(k, want.finish(want.x) if want.finish else want.x)
             else:
-                self._pending.append(_Pending(want, label, partial(answer, k)))
+                self.pending.append(_Pending(want, self.work.label, partial(answer, k)))
         waits = missing > 0
         return None if waits else answers
 
-    def finish(self) -> None:
-        """Answer rounds until no rule waits."""
-        while self._pending:
-            kind = next(k for k in (Deal, Move, Reduce) if any(isinstance(p.request, k) for p in self._pending))
-            batch = [p for p in self._pending if isinstance(p.request, kind)]
-            self._pending = [p for p in self._pending if not isinstance(p.request, kind)]
-            if kind is Reduce:
-                answers = self._reduce(batch)
-            else:
-                answers = self._grouped(batch, *((_deal, _deal_key) if kind is Deal else (exchange, _move_key)))
-            for pending, value in zip(batch, answers, strict=True):
-                pending.answer(value)
 
-    def _grouped(
-        self, batch: list[_Pending], serve: Callable[[list[Any]], list[Any]], key: Callable[[Any], Hashable]
-    ) -> list[Any]:
-        answers: list[Any] = [None] * len(batch)
-        for where in _group_by(range(len(batch)), lambda i: key(batch[i].request)):
-            if self._check and serve is exchange:
-                self._compare([batch[i] for i in where], batch[where[0]].request.src.domain.group)
-            for i, value in zip(where, serve([batch[i].request for i in where]), strict=True):
-                answers[i] = value
-        return answers
+class _Wave:
+    """Tasks whose requests go out together. :attr:`travels` until all have ended."""
 
-    def _reduce(self, batch: list[_Pending]) -> list[Tensor]:
-        values = [p.request.x for p in batch]
+    def __init__(self, check: bool, tasks: list[_Task]) -> None:
+        self._check = check
+        self._tasks = tasks
+        self._flying: list[Callable[[], None]] = []
+        self.send()
+
+    @property
+    def travels(self) -> bool:
+        return bool(self._flying)
+
+    def send(self) -> None:
+        """Start the collectives of a round, unless one is under way."""
+        if self._flying:
+            return
+        moves = self._take(lambda request: isinstance(request, Move))
+        if moves:
+            self._flying = [self._post(some, partial(_move, self._check)) for some in _group_by(moves, _move_key)]
+        elif batch := self._take(lambda request: True):
+            self._flying = [self._post(batch, partial(_reduce, self._check))]
+
+    def receive(self) -> None:
+        """Wait for the round and let the rules go on, those of a team until they have nothing more to ask each other."""
+        flying, self._flying = self._flying, []
+        for arrive in flying:
+            arrive()
+        # The other ranks know nothing of a team's reductions: they must not change the order of what all take part in.
+        while batch := self._take(lambda request: isinstance(request, Reduce) and request.team):
+            self._post(batch, partial(_reduce, self._check))()
+
+    def _take(self, which: Callable[[Any], bool]) -> list[_Pending]:
+        batch = [p for task in self._tasks for p in task.pending if which(p.request)]
+        for task in self._tasks:
+            task.pending = [p for p in task.pending if not which(p.request)]
+        return batch
+
+    @staticmethod
+    def _post(batch: list[_Pending], start: Callable[[list[_Pending]], Callable[[], list[Any]]]) -> Callable[[], None]:
+        arrive = start(batch)
+        # Not the requests: what they hold is in the buffers now.
+        answers = [pending.answer for pending in batch]
+
+        def finish() -> None:
+            values = arrive()
+            for i, answer in enumerate(answers):
+                value, values[i] = values[i], None
+                answer(value)
+
+        return finish
+
+
+def _finish(wave: _Wave) -> None:
+    while wave.travels:
+        wave.receive()
+        wave.send()
+
+
+def _entries(task: _Task) -> dict[tuple[Domain, int], int]:
+    """What ``task`` brings to each rank of its domains in the round that it waits for."""
+    brings: dict[tuple[Domain, int], int] = {}
+    for request in (pending.request for pending in task.pending):
+        if isinstance(request, Move):
+            for rank, n in enumerate(request.dst.entries):
+                key = request.dst.domain, rank
+                brings[key] = brings.get(key, 0) + n * request.batch
+    return brings
+
+
+def _wave_limit(largest: int, started: _Task) -> int:
+    given = os.environ.get(WAVE)
+    if given is None:
+        device = next((p.request.device.type for p in started.pending if isinstance(p.request, Move)), "cpu")
+        return max(SMALLEST_WAVE.get(device, 2**24), largest)
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(
+            f"{WAVE} is {given!r}, but must be a whole number of entries, at least 1; unset it for the default."
+        )
+    return int(given)
+
+
+def _move(check: bool, batch: list[_Pending]) -> Callable[[], list[Any]]:
+    moves = [pending.request for pending in batch]
+    if check:
+        _compare(batch, moves[0].src.domain.group)
+    return exchange(moves)
+
+
+def _reduce(check: bool, batch: list[_Pending]) -> Callable[[], list[Any]]:
+    values = [pending.request.x for pending in batch]
+
+    def start(depth: int) -> list[tuple[list[int], Callable[[], list[Tensor]]]]:
+        keys = [
+            (p.request.groups[depth : depth + 1], p.request.op, v.dtype) for p, v in zip(batch, values, strict=True)
+        ]
+        started = []
+        for where in _group_by((i for i, (groups, _, _) in enumerate(keys) if groups), keys.__getitem__):
+            (group,), op, _ = keys[where[0]]
+            if check:
+                _compare([batch[i] for i in where], group)
+            started.append((where, _all_reduce([values[i] for i in where], op, group)))
+        return started
+
+    first = start(0)
+
+    def arrive() -> list[Any]:
         # A tensor that is split over two axes is reduced over one after the other.
         for depth in range(max(len(p.request.groups) for p in batch)):
-            keys = [
-                (p.request.groups[depth : depth + 1], p.request.op, v.dtype) for p, v in zip(batch, values, strict=True)
-            ]
-            for where in _group_by((i for i, (groups, _, _) in enumerate(keys) if groups), keys.__getitem__):
-                (group,), op, _ = keys[where[0]]
-                if self._check:
-                    self._compare([batch[i] for i in where], group)
-                for i, value in zip(where, _all_reduce([values[i] for i in where], op, group), strict=True):
+            for where, reduced in start(depth) if depth else first:
+                for i, value in zip(where, reduced(), strict=True):
                     values[i] = value
         return [p.request.finish(v) if p.request.finish else v for p, v in zip(batch, values, strict=True)]
 
-    @staticmethod
-    def _compare(batch: list[_Pending], group: ProcessGroup | None) -> None:
-        mine = [(p.label, *_signature(p.request)) for p in batch]
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
-        for rank, other in enumerate(everyone):
-            if other != mine:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other))
-                )
-                here, there = (str(asks[at]) if at < len(asks) else "nothing" for asks in (mine, other))
-                raise RuntimeError(
-                    f"the ranks of a group ask for different things: here {here}, on rank {rank} of the group {there}. "
-                    f"Every rank must hold the same parameters, with gradients on all ranks or on none."
-                )
+    return arrive
+
+
+def _compare(batch: list[_Pending], group: ProcessGroup | None) -> None:
+    mine = [(p.label, *_signature(p.request)) for p in batch]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, other in enumerate(everyone):
+        if other != mine:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other))
+            )
+            here, there = (str(asks[at]) if at < len(asks) else "nothing" for asks in (mine, other))
+            raise RuntimeError(
+                f"the ranks of a group ask for different things: here {here}, on rank {rank} of the group {there}. "
+                f"Every rank must hold the same parameters, with gradients on all ranks or on none."
+            )
 
 
 def _signature(request: Request) -> tuple[Any, ...]:
@@ -152,39 +357,26 @@ def _signature(request: Request) -> tuple[Any, ...]:
     return "move", request.batch, request.dtype
 
 
-def _deal_key(request: Deal) -> Hashable:
-    return request.domain
-
-
-def _move_key(request: Move) -> Hashable:
+def _move_key(pending: _Pending) -> Hashable:
+    request = pending.request
     return request.src.domain.group, request.dtype, request.device
 
 
-def _group_by(items: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
-    groups: dict[Hashable, list[int]] = {}
-    for i in items:
-        groups.setdefault(key(i), []).append(i)
+def _group_by[T](items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 
-def _all_reduce(xs: Sequence[Tensor], op: str, group: ProcessGroup) -> list[Tensor]:
-    if len(xs) == 1:
-        x = xs[0].contiguous()
-        dist.all_reduce(x, _OPS[op], group=group)
-        return [x]
-    flat = torch.cat([x.reshape(-1) for x in xs])
-    dist.all_reduce(flat, _OPS[op], group=group)
-    pieces = flat.split([x.numel() for x in xs])
-    return [piece.view(x.shape) for piece, x in zip(pieces, xs, strict=True)]
+def _all_reduce(xs: Sequence[Tensor], op: str, group: ProcessGroup) -> Callable[[], list[Tensor]]:
+    flat = xs[0].contiguous() if len(xs) == 1 else torch.cat([x.reshape(-1) for x in xs])
+    shapes = [x.shape for x in xs]
+    work = dist.all_reduce(flat, _OPS[op], group=group, async_op=True)
 
+    def arrive() -> list[Tensor]:
+        work.wait()
+        pieces = flat.view(-1).split([shape.numel() for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
-def _deal(requests: Sequence[Deal]) -> list[list[int]]:
-    """Longest processing time first: the dearest matrix that is left goes to the rank with the least to do."""
-    load = [0.0] * requests[0].domain.size
-    owners = [[0] * r.count for r in requests]
-    matrices = [(r.cost, i, k) for i, r in enumerate(requests) for k in range(r.count)]
-    for cost, i, k in sorted(matrices, key=lambda entry: -entry[0]):
-        owner = min(range(len(load)), key=load.__getitem__)
-        owners[i][k] = owner
-        load[owner] += cost
-    return owners
+    return arrive

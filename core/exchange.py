@@ -1,8 +1,8 @@
 """Moving stacks of tensors between placements: one all-to-all, or one all-gather, for all of them together."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import product
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -13,76 +13,86 @@ from .ranges import Overlap, overlap
 
 Block = tuple[Overlap, ...]
 """One rectangle that two ranks share, per dim: its position in the sender's shard, in the receiver's, and its length."""
-
-
-def exchange(moves: Sequence[Move]) -> list[Tensor | None]:
-    """Answer ``moves``, which share domain, dtype and device, with one collective.
-
-    Returns:
-        For each move, (B, *local shape) in the target placement, or None where this rank holds nothing there. May be a
-        view of a buffer that serves several moves.
-    """
-    domain = moves[0].src.domain
-    blocks = cache(_blocks)
-    assert domain.group is not None
-    if all(move.dst.boxes[r] == move.dst.boxes[0] for move in moves for r in range(domain.size)):
-        received = _all_gather(moves, blocks)
-    else:
-        received = _all_to_all(moves, blocks)
-    return [_unpack(move, pieces) for move, pieces in zip(moves, received, strict=True)]
-
-
-Blocks = Callable[[Placement, Placement, int, int], tuple[Block, ...]]
+Blocks = tuple[Block, ...]
 Pieces = list[tuple[Block, Tensor]]
 
 
-def _all_to_all(moves: Sequence[Move], blocks: Blocks) -> list[Pieces]:
+def exchange(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
+    """Start to answer ``moves``, which share domain, dtype and device, with one collective.
+
+    Returns:
+        What waits for the answers: for each move, (B, *local shape) in the target placement, or None where this rank holds
+        nothing there. May be a view of a buffer that serves several moves.
+    """
+    domain = moves[0].src.domain
+    assert domain.group is not None
+    if all(move.dst.boxes[r] == move.dst.boxes[0] for move in moves for r in range(domain.size)):
+        return _all_gather(moves)
+    return _all_to_all(moves)
+
+
+def _all_to_all(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
     domain, like = moves[0].src.domain, _like(moves)
     me, peers = domain.index, range(domain.size)
-    send_sizes = [sum(_numel(move, blocks(move.src, move.dst, me, peer)) for move in moves) for peer in peers]
-    recv_sizes = [sum(_numel(move, blocks(move.src, move.dst, peer, me)) for move in moves) for peer in peers]
+    out = [[_blocks(move.src, move.dst, me, peer) for move in moves] for peer in peers]
+    back = [[_blocks(move.src, move.dst, peer, me) for move in moves] for peer in peers]
+    send_sizes, recv_sizes = (
+        [sum(_numel(move, blocks) for move, blocks in zip(moves, row, strict=True)) for row in rows]
+        for rows in (out, back)
+    )
     send, recv = like.new_empty(sum(send_sizes)), like.new_empty(sum(recv_sizes))
-    at = 0
-    for peer in peers:
-        for move in moves:
-            at = _pack(send, at, move, blocks(move.src, move.dst, me, peer))
-    dist.all_to_all_single(recv, send, recv_sizes, send_sizes, group=domain.group)
-    return _received(moves, blocks, recv.split(recv_sizes))
+    _pack(send, moves, out)
+    work = dist.all_to_all_single(recv, send, recv_sizes, send_sizes, group=domain.group, async_op=True)
+    return _arrival(work, [send], moves, recv.split(recv_sizes), back)
 
 
-def _all_gather(moves: Sequence[Move], blocks: Blocks) -> list[Pieces]:
+def _all_gather(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
     """The same for targets that want the same everywhere: a rank sends each of its pieces once, padded to the longest."""
     domain, like = moves[0].src.domain, _like(moves)
     me, peers = domain.index, range(domain.size)
     # Every rank wants the same, so what a peer would send to me is what it sends to all.
-    longest = max(sum(_numel(move, blocks(move.src, move.dst, peer, me)) for move in moves) for peer in peers)
+    back = [[_blocks(move.src, move.dst, peer, me) for move in moves] for peer in peers]
+    longest = max(sum(_numel(move, blocks) for move, blocks in zip(moves, row, strict=True)) for row in back)
     send, recv = like.new_empty(longest), like.new_empty(domain.size * longest)
-    at = 0
-    for move in moves:
-        at = _pack(send, at, move, blocks(move.src, move.dst, me, me))
-    dist.all_gather_single(recv, send, group=domain.group)
-    return _received(moves, blocks, recv.split(longest))
+    _pack(send, moves, [back[me]])
+    work = dist.all_gather_single(recv, send, group=domain.group, async_op=True)
+    return _arrival(work, [send], moves, recv.split(longest), back)
 
 
-def _received(moves: Sequence[Move], blocks: Blocks, buffers: Sequence[Tensor]) -> list[Pieces]:
-    """What each move got, out of the buffer of each sender."""
-    me = moves[0].src.domain.index
+def _arrival(
+    work: dist.Work, keep: list[Tensor], moves: Sequence[Move], buffers: Sequence[Tensor], blocks: list[list[Blocks]]
+) -> Callable[[], list[Tensor | None]]:
+    """What waits for ``work`` and puts each move's pieces together; ``keep`` lives until then."""
+    targets = [(move.batch, move.dst.local_shape, move.dtype, move.device) for move in moves]
     received: list[Pieces] = [[] for _ in moves]
-    for peer, buffer in enumerate(buffers):
+    for buffer, row in zip(buffers, blocks, strict=True):
         at = 0
-        for move, pieces in zip(moves, received, strict=True):
-            for block in blocks(move.src, move.dst, peer, me):
+        for move, pieces, some in zip(moves, received, row, strict=True):
+            for block in some:
                 size = _numel(move, (block,))
                 pieces.append((block, buffer[at : at + size]))
                 at += size
-    return received
+
+    def arrive() -> list[Tensor | None]:
+        work.wait()
+        keep.clear()
+        answers = [_unpack(*target, pieces) for target, pieces in zip(targets, received, strict=True)]
+        received.clear()
+        return answers
+
+    return arrive
 
 
-def _blocks(src: Placement, dst: Placement, sender: int, receiver: int) -> tuple[Block, ...]:
-    have, want = src.boxes[sender], dst.boxes[receiver]
-    if have is None or want is None or sender not in src.sources[receiver]:
-        return ()
-    return tuple(product(*(overlap(h, w) for h, w in zip(have, want, strict=True))))
+def _blocks(src: Placement, dst: Placement, sender: int, receiver: int) -> Blocks:
+    key = dst, sender, receiver
+    if key not in src.shared:
+        have, want = src.boxes[sender], dst.boxes[receiver]
+        nothing = have is None or want is None or sender not in src.sources[receiver]
+        src.shared[key] = (
+            () if nothing else tuple(product(*(overlap(h, w) for h, w in zip(have or (), want or (), strict=True))))
+        )
+    blocks: Blocks = src.shared[key]
+    return blocks
 
 
 def _at(block: Block, side: str) -> tuple[slice, ...]:
@@ -90,34 +100,51 @@ def _at(block: Block, side: str) -> tuple[slice, ...]:
     return (slice(None), *(slice(at, at + o.length) for at, o in zip(starts, block, strict=True)))
 
 
-def _shape(move: Move, block: Block) -> tuple[int, ...]:
-    return (move.batch, *(o.length for o in block))
+def _shape(batch: int, block: Block) -> tuple[int, ...]:
+    return (batch, *(o.length for o in block))
 
 
-def _numel(move: Move, blocks: Sequence[Block]) -> int:
-    return sum(torch.Size(_shape(move, block)).numel() for block in blocks)
+def _numel(move: Move, blocks: Blocks) -> int:
+    return sum(prod(_shape(move.batch, block)) for block in blocks)
 
 
 def _like(moves: Sequence[Move]) -> Tensor:
     return torch.empty(0, dtype=moves[0].dtype, device=moves[0].device)
 
 
-def _pack(buffer: Tensor, at: int, move: Move, blocks: Sequence[Block]) -> int:
-    for block in blocks:
-        assert move.x is not None
-        size = _numel(move, (block,))
-        buffer[at : at + size].view(_shape(move, block)).copy_(move.x[_at(block, "left")])
-        at += size
-    return at
+def _pack(buffer: Tensor, moves: Sequence[Move], blocks: list[list[Blocks]]) -> None:
+    """Write what each receiver gets, one after the other, into ``buffer``."""
+    at = 0
+    places: list[list[tuple[Block, Tensor]]] = [[] for _ in moves]
+    for row in blocks:
+        for move, mine, some in zip(moves, places, row, strict=True):
+            for block in some:
+                size = _numel(move, (block,))
+                mine.append((block, buffer[at : at + size].view(_shape(move.batch, block))))
+                at += size
+    for move, mine in zip(moves, places, strict=True):
+        x = move.x
+        if x is None:
+            continue
+        if callable(x):
+            shape = (move.batch, *(move.src.local_shape or ()))
+            if len(mine) == 1 and mine[0][1].shape == shape:
+                x(mine[0][1])
+                continue
+            x(made := buffer.new_empty(shape))
+            x = made
+        for block, place in mine:
+            place.copy_(x[_at(block, "left")])
 
 
-def _unpack(move: Move, pieces: Pieces) -> Tensor | None:
-    shape = move.dst.local_shape
+def _unpack(
+    batch: int, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device, pieces: Pieces
+) -> Tensor | None:
     if shape is None:
         return None
-    if len(pieces) == 1 and _shape(move, pieces[0][0]) == (move.batch, *shape):
-        return pieces[0][1].view(move.batch, *shape)
-    x = torch.empty((move.batch, *shape), dtype=move.dtype, device=move.device)
+    if len(pieces) == 1 and _shape(batch, pieces[0][0]) == (batch, *shape):
+        return pieces[0][1].view(batch, *shape)
+    x = torch.empty((batch, *shape), dtype=dtype, device=device)
     for block, piece in pieces:
-        x[_at(block, "right")] = piece.view(_shape(move, block))
+        x[_at(block, "right")] = piece.view(_shape(batch, block))
     return x

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .process_groups_config import Axis, Domain
+from .process_groups_config import TEAM, Axis, Domain
 from .ranges import Ranges, chunk, merge, overlap, total
 
 Op = Literal["sum", "max"]
@@ -117,12 +117,12 @@ class Layout:
         """Sum of ``x`` over ``dims`` of the whole tensor."""
         over = self._dims(dims)
         # To torch, no dims means all, the stack's too.
-        return Reduce(x.sum(over, keepdim=True) if over else x, "sum", self._groups(dims))
+        return self._reduce(x.sum(over, keepdim=True) if over else x, "sum", dims)
 
     def amax(self, x: Tensor, *dims: int) -> "Reduce":
         """Largest entry of ``x`` over ``dims`` of the whole tensor."""
         over = self._dims(dims)
-        return Reduce(x.amax(over, keepdim=True) if over else x, "max", self._groups(dims))
+        return self._reduce(x.amax(over, keepdim=True) if over else x, "max", dims)
 
     def mean(self, x: Tensor, *dims: int) -> "Reduce":
         """Mean of ``x`` over ``dims`` of the whole tensor."""
@@ -139,7 +139,7 @@ class Layout:
 
     def across(self, x: Tensor, *dims: int) -> "Reduce":
         """Sum over the ranks that split ``dims`` of what each computed from its shard; (B, ...), the same shape on all."""
-        return Reduce(x, "sum", self._groups(dims))
+        return self._reduce(x, "sum", dims)
 
     # Parts of a fused weight, each a matrix of its own.
 
@@ -148,13 +148,22 @@ class Layout:
         if not self.parts:
             return [(x, self)]
         out = []
-        for part, rows in zip(self.parts, self._local_rows, strict=True):
+        for layout, rows in zip(self.part_layouts, self._local_rows, strict=True):
             pieces = [x[..., lo:hi, :] for lo, hi in rows]
             piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2) if pieces else x[..., :0, :]
-            rows_split = self.splits[-2] and self.splits[-2].within(part)
-            layout = replace(self, shape=(total(part), self.shape[-1]), splits=(rows_split, self.splits[-1]), parts=())
             out.append((piece, layout))
         return out
+
+    @cached_property
+    def part_layouts(self) -> "tuple[Layout, ...]":
+        """The layout of each matrix that the tensor is made of; itself when it is one matrix."""
+        if not self.parts:
+            return (self,)
+        rows, cols = self.splits[-2], self.splits[-1]
+        return tuple(
+            replace(self, shape=(total(part), self.shape[-1]), splits=(rows and rows.within(part), cols), parts=())
+            for part in self.parts
+        )
 
     def join_parts(self, pieces: Sequence[Tensor]) -> Tensor:
         """Inverse of :meth:`split_parts`."""
@@ -203,14 +212,27 @@ class Layout:
 
     @cached_property
     def owners(self) -> "tuple[Placement, ...]":
-        """For each rank of the domain, the placement that has the whole tensor there and nothing elsewhere."""
+        """For each rank of the domain, or each team, the placement that has the whole tensor there and nothing elsewhere."""
         assert self.domain is not None
-        size = self.domain.size
-        box = tuple(((0, n),) for n in self.shape)
-        return tuple(
-            Placement(self.domain, tuple(box if r == owner else None for r in range(size)), ((owner,),) * size)
-            for owner in range(size)
-        )
+        size, team = self.domain.size, self.domain.team_size
+        splits = self.at_owner.splits
+        # What each member of a team holds of each dim.
+        boxes = [
+            tuple(((0, n),) if split is None else split.held[r] for n, split in zip(self.shape, splits, strict=True))
+            for r in range(team)
+        ]
+        placements = []
+        for first in range(0, size, team):
+            members = range(first, first + team)
+            held = tuple(boxes[r - first] if r in members else None for r in range(size))
+            placements.append(Placement(self.domain, held, (tuple(members),) * size))
+        return tuple(placements)
+
+    @property
+    def at_owner(self) -> "Layout":
+        """The matrix where it is worked on: whole, or its longer dim cut over this rank's team."""
+        assert self.domain is not None
+        return Layout.whole(self.shape) if self.domain.team is None else self._recut_over(self.domain.team)
 
     @cached_property
     def everywhere(self) -> "Placement":
@@ -224,12 +246,15 @@ class Layout:
     def recut(self) -> "Layout":
         """The same matrix with its longer dim cut over the whole domain and the shorter one whole."""
         assert self.domain is not None
-        long = -1 if self.shape[-1] >= self.shape[-2] else -2
         size = self.domain.size
         axis = Axis("+".join(self.domain.axes), tuple(range(size)), self.domain.index, self.domain.group)
-        split = Split.even(axis, self.shape[long])
         domain = replace(self.domain, axes=(axis.name,), coords=tuple((r,) for r in range(size)))
-        return Layout(self.shape, (None, split) if long == -1 else (split, None), domain=domain)
+        return replace(self._recut_over(axis), domain=domain)
+
+    def _recut_over(self, axis: Axis) -> "Layout":
+        long = -1 if self.shape[-1] >= self.shape[-2] else -2
+        split = Split.even(axis, self.shape[long])
+        return Layout(self.shape, (None, split) if long == -1 else (split, None))
 
     @cached_property
     def _local_rows(self) -> tuple[Ranges, ...]:
@@ -254,9 +279,10 @@ class Layout:
     def _dims(self, dims: tuple[int, ...]) -> tuple[int, ...]:
         return dims or tuple(range(-self.ndim, 0))
 
-    def _groups(self, dims: tuple[int, ...]) -> tuple[ProcessGroup, ...]:
-        splits = (self.splits[d] for d in self._dims(dims))
-        return tuple(s.axis.group for s in splits if s is not None and s.axis.group is not None)
+    def _reduce(self, x: Tensor, op: Op, dims: tuple[int, ...]) -> "Reduce":
+        axes = [split.axis for split in (self.splits[d] for d in self._dims(dims)) if split is not None]
+        groups = tuple(axis.group for axis in axes if axis.group is not None)
+        return Reduce(x, op, groups, team=any(axis.name == TEAM for axis in axes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,6 +299,16 @@ class Placement:
     boxes: tuple[tuple[Ranges, ...] | None, ...]
     sources: tuple[tuple[int, ...], ...]
 
+    @cached_property
+    def shared(self) -> dict[Any, Any]:
+        """What :mod:`core.exchange` has found out about ways from here, to find it out once."""
+        return {}
+
+    @cached_property
+    def entries(self) -> tuple[int, ...]:
+        """How many entries each rank holds."""
+        return tuple(0 if box is None else prod(total(ranges) for ranges in box) for box in self.boxes)
+
     @property
     def local_shape(self) -> tuple[int, ...] | None:
         """Sizes of what this rank holds, or None."""
@@ -282,12 +318,16 @@ class Placement:
 
 @dataclass(frozen=True)
 class Reduce:
-    """Ask for ``finish`` of the reduction of ``x`` over ``groups``. The engine may overwrite ``x``."""
+    """Ask for ``finish`` of the reduction of ``x`` over ``groups``. The engine may overwrite ``x``.
+
+    ``team`` marks what the ranks of a team ask each other while the others of their domain do not.
+    """
 
     x: Tensor
     op: Op
     groups: tuple[ProcessGroup, ...]
     finish: Callable[[Tensor], Tensor] | None = None
+    team: bool = False
 
 
 @dataclass(frozen=True)
@@ -295,7 +335,8 @@ class Move:
     """Ask for a stack of tensors in another placement; the answer is (B, *local shape), or None where it holds nothing.
 
     Attributes:
-        x: (B, *local shape) of the source placement; None where that holds nothing.
+        x: (B, *local shape) of the source placement, or what writes it into a tensor of that shape, once; None where that
+            holds nothing.
         batch: B.
         src: Where the tensors are.
         dst: Where they shall be.
@@ -303,7 +344,7 @@ class Move:
         device: Their device.
     """
 
-    x: Tensor | None
+    x: "Tensor | Fill | None"
     batch: int
     src: Placement
     dst: Placement
@@ -313,13 +354,14 @@ class Move:
 
 @dataclass(frozen=True)
 class Deal:
-    """Ask which rank of ``domain`` shall work on each of ``count`` matrices that cost ``cost`` each."""
+    """Ask which rank of ``domain``, or which team, shall work on each of ``count`` matrices that cost ``cost`` each."""
 
     domain: Domain
     count: int
     cost: float
 
 
+Fill = Callable[[Tensor], object]
 Request = Reduce | Move | Deal
 Rule = Generator[Any, Any, Any]
 """Yields requests or other rules, or tuples or lists of them; is sent their answers in the same form; returns a result."""

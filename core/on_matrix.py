@@ -1,18 +1,42 @@
 """How the shards of a matrix come together for a rule that needs the whole of it: the tensor-parallel modes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import Deal, Layout, Mode, Move, Placement, Rule
+from .layout import Deal, Fill, Layout, Mode, Move, Placement, Rule
 
 MatrixRule = Callable[[Tensor, Layout], Rule]
 """``fn(x, layout)``: a rule on stacks (B, m, n) of shards; its result is laid out as ``x``, in the dtype of ``x``."""
 
 
-def on_matrix(fn: MatrixRule, x: Tensor, lay: Layout, mode: Mode, cost: Callable[[int, int], float]) -> Rule:
+@dataclass(frozen=True)
+class Deferred:
+    """A stack (B, *shard) that is written where it goes, instead of being formed first and copied there.
+
+    Attributes:
+        shape: Its sizes.
+        dtype: Its dtype.
+        device: Its device.
+        fill: Writes it; called once, whether or not this rank needs it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    fill: Fill
+
+    def form(self) -> Tensor:
+        """The stack."""
+        x = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        self.fill(x)
+        return x
+
+
+def on_matrix(fn: MatrixRule, x: Tensor | Deferred, lay: Layout, mode: Mode, cost: Callable[[int, int], float]) -> Rule:
     """Run ``fn`` on each whole matrix, and on each part of a fused one.
 
     Args:
@@ -21,15 +45,24 @@ def on_matrix(fn: MatrixRule, x: Tensor, lay: Layout, mode: Mode, cost: Callable
         lay: Their layout, with the domain that ``mode`` needs (:func:`domain_axes`).
         mode: ``blockwise``: this rank's shard is the matrix. ``duplicated``: every rank gathers the whole and keeps its
             shard of the result. ``distributed``: ``fn`` works on shards and reduces through its layout. ``owner``: one
-            rank gets the whole of each matrix, works, and sends the shards back.
+            rank (or team of ranks, when the domain has teams) gets the whole of each matrix, works, and sends the shards back.
         cost: Work for a whole (m, n) matrix, by which owners are dealt.
 
     Returns:
         Laid out as ``x``.
     """
+    if isinstance(x, Deferred):
+        if travels(lay, mode) and x.shape[0] == 1 and not lay.parts:
+            return (yield _owner(fn, x, lay, cost))
+        x = x.form()
     run = _MODES[mode]
     results = yield [run(fn, piece, part, cost) for piece, part in lay.split_parts(x)]
     return lay.join_parts(results)
+
+
+def travels(lay: Layout, mode: Mode) -> bool:
+    """Whether whole matrices go from rank to rank, in waves."""
+    return mode == "owner" and lay.domain is not None and lay.domain.size > 1
 
 
 def _blockwise(fn: MatrixRule, x: Tensor, lay: Layout, cost: Any) -> Rule:
@@ -52,20 +85,31 @@ def _distributed(fn: MatrixRule, x: Tensor, lay: Layout, cost: Any) -> Rule:
     return (yield _move(out, recut.placement, lay.placement))
 
 
-def _owner(fn: MatrixRule, x: Tensor, lay: Layout, cost: Callable[[int, int], float]) -> Rule:
-    assert lay.domain is not None
-    if lay.domain.size == 1:
+def _owner(fn: MatrixRule, x: Tensor | Deferred, lay: Layout, cost: Callable[[int, int], float]) -> Rule:
+    if not travels(lay, "owner"):
+        assert isinstance(x, Tensor)
         return (yield fn(x, lay))
-    owners: list[int] = yield Deal(lay.domain, len(x), cost(*lay.shape))
-    wholes = yield [_move(x[i : i + 1], lay.placement, lay.owners[owner]) for i, owner in enumerate(owners)]
+    assert lay.domain is not None
+    me, dtype, device = lay.domain.index // lay.domain.team_size, x.dtype, x.device
+    owners: list[int] = yield Deal(lay.domain, x.shape[0], cost(*lay.shape))
+    shards = x.split(1) if isinstance(x, Tensor) else (x.fill,)
+    # Nothing that has left for its buffer is held on to: it would stay in memory while the wave travels.
+    wholes = yield [
+        Move(shard, 1, lay.placement, lay.owners[owner], dtype, device)
+        for shard, owner in zip(shards, owners, strict=True)
+    ]
+    del x, shards
     mine = [whole for whole in wholes if whole is not None]
-    out = (yield fn(_cat(mine), Layout.whole(lay.shape))).split(1) if mine else ()
-    results = iter(out)
-    back = [
-        _move(next(results) if owner == lay.domain.index else None, lay.owners[owner], lay.placement, like=x)
+    wholes.clear()
+    stack = _cat(mine) if mine else None
+    mine.clear()
+    results = iter(() if stack is None else (yield fn(stack, lay.at_owner)).split(1))
+    stack = None
+    back = yield [
+        Move(next(results) if owner == me else None, 1, lay.owners[owner], lay.placement, dtype, device)
         for owner in owners
     ]
-    return _cat((yield back))
+    return _cat(back)
 
 
 _MODES: dict[str, Any] = {
@@ -76,10 +120,8 @@ _MODES: dict[str, Any] = {
 }
 
 
-def _move(x: Tensor | None, src: Placement, dst: Placement, *, like: Tensor | None = None) -> Move:
-    ref = like if like is not None else x
-    assert ref is not None
-    return Move(x, 1 if x is None else len(x), src, dst, ref.dtype, ref.device)
+def _move(x: Tensor, src: Placement, dst: Placement) -> Move:
+    return Move(x, len(x), src, dst, x.dtype, x.device)
 
 
 def shard_of(whole: Tensor, lay: Layout) -> Tensor:

@@ -1,11 +1,15 @@
 """Process groups by name, and groups that join several of them."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+
+
+TEAM = "team"
+"""Name of the axis along which a team of owners cuts a matrix."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Domain:
         ranks: Global ranks of ``group``, in group order.
         coords: For each rank of ``group``, in group order, its index on each axis.
         index: This rank's position in ``group``.
+        team: This rank's team, an axis of consecutive ranks that work on a matrix together; None: each works alone.
         group: Joint process group; None stands for a single rank.
     """
 
@@ -53,12 +58,23 @@ class Domain:
     ranks: tuple[int, ...]
     coords: tuple[tuple[int, ...], ...]
     index: int
+    team: Axis | None = None
     group: ProcessGroup | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return len(self.coords)
+
+    @property
+    def team_size(self) -> int:
+        """Ranks that work on one matrix together."""
+        return 1 if self.team is None else self.team.size
+
+    @property
+    def teams(self) -> int:
+        """Number of teams; of ranks, when each works alone."""
+        return self.size // self.team_size
 
 
 @dataclass
@@ -117,6 +133,13 @@ class ProcessGroupCollection:
             self._domains[axes] = _join(axes)
         return self._domains[axes]
 
+    def teamed(self, domain: Domain, size: int) -> Domain:
+        """``domain`` in teams of ``size`` ranks, which divides their number. All its ranks must ask in the same order."""
+        assert size > 1 and domain.size % size == 0
+        first = domain.index // size * size
+        ranks = domain.ranks[first : first + size]
+        return replace(domain, team=Axis(TEAM, ranks, domain.index - first, _group_of(ranks)))
+
     def gather(self, domain: Domain, value: Any) -> list[Any]:
         """``value`` of every rank of ``domain``, in group order; for set-up and errors, it pickles."""
         values: list[Any] = [value]
@@ -137,7 +160,7 @@ def _join(axes: tuple[Axis, ...]) -> Domain:
         return Domain(names, (0,), ((),), 0)
     if len(axes) == 1:
         (axis,) = axes
-        return Domain(names, axis.ranks, tuple((i,) for i in range(axis.size)), axis.index, axis.group)
+        return Domain(names, axis.ranks, tuple((i,) for i in range(axis.size)), axis.index, group=axis.group)
     first, last = _join(axes[:-1]), axes[-1]
     # A rank knows only its own line along the last axis; its neighbours on the other axes know the parallel ones.
     lines: list[Any] = [None] * first.size
@@ -146,7 +169,7 @@ def _join(axes: tuple[Axis, ...]) -> Domain:
     group = _group_of(tuple(ranks))
     coords: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(coords, tuple(axis.index for axis in axes), group=group)
-    return Domain(names, tuple(ranks), tuple(coords), dist.get_rank(group), group)
+    return Domain(names, tuple(ranks), tuple(coords), dist.get_rank(group), group=group)
 
 
 _GROUPS: dict[tuple[int, ...], ProcessGroup] = {}

@@ -92,5 +92,9 @@ def test_ranks_that_differ_are_named(world):
 
 def test_the_dearest_matrices_are_dealt_first():
     domain = Domain(("tp",), (0, 1), ((0,), (1,)), 0, group="not used")  # type: ignore[arg-type]
-    owners = engine._deal([Deal(domain, 3, 1.0), Deal(domain, 1, 3.0)])
-    assert owners == [[1, 1, 1], [0]]
+
+    def rule(count, cost):
+        return (yield Deal(domain, count, cost))
+
+    works = [engine.Work("small", rule(3, 1.0), 1.0, 1), engine.Work("large", rule(1, 3.0), 3.0, 1)]
+    assert engine.run(works) == [[1, 1, 1], [0]]

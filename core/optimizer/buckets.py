@@ -41,6 +41,7 @@ class Bucket:
         specs: Declares the state.
         stacks: State name → (B, *state shard).
         names: What randomness of each is keyed by, and the first names them in errors.
+        begun: Whether its part of the step that is being taken has begun already.
     """
 
     params: list[Tensor]
@@ -48,6 +49,7 @@ class Bucket:
     specs: Mapping[str, StateSpec]
     stacks: dict[str, Tensor]
     names: list[str]
+    begun: bool = False
 
     @property
     def label(self) -> str:
@@ -85,25 +87,32 @@ class Bucket:
                     view.copy_(shard.reshape(view.shape))
                 state[p][name] = as_state(view, p, self.specs[name], self.layout)
 
-    def update(self, rule: RuleFunction, apply: Callable[[Tensor, Tensor], None], group: Mapping[str, Any]) -> Rule:
+    def update(
+        self, rule: RuleFunction, apply: Callable[[Tensor, Tensor], None], group: Mapping[str, Any], *, widens: bool
+    ) -> Rule:
         """A rule for the engine: step the parameters that have a gradient, leave the others and their state alone."""
         live = [i for i, p in enumerate(self.params) if p.grad is not None]
         whole_stack = len(live) == len(self.params)
         pending = []
         for rows in [live] if whole_stack else [[i] for i in live]:
-            pending.append(self._update(rows, rule, apply, group))
+            pending.append(self._update(rows, rule, apply, group, widens))
         yield pending
 
     def _update(
-        self, rows: Sequence[int], rule: RuleFunction, apply: Callable[[Tensor, Tensor], None], group: Mapping[str, Any]
+        self,
+        rows: Sequence[int],
+        rule: RuleFunction,
+        apply: Callable[[Tensor, Tensor], None],
+        group: Mapping[str, Any],
+        widens: bool,
     ) -> Rule:
         params = [local(self.params[i]) for i in rows]
         gradients = [local_gradient(self.params[i]) for i in rows]
         single = len(rows) == 1
         # Rules compute in float32 at least, whatever the parameters are stored in.
-        dtype = torch.promote_types(params[0].dtype, torch.float32)
-        p = (params[0].unsqueeze(0) if single else torch.stack(params)).to(dtype)
-        g = (gradients[0].unsqueeze(0) if single else torch.stack(gradients)).to(dtype)
+        wide = torch.promote_types(params[0].dtype, torch.float32) if widens else params[0].dtype
+        p = (params[0].unsqueeze(0) if single else torch.stack(params)).to(wide)
+        g = (gradients[0].unsqueeze(0) if single else torch.stack(gradients)).to(wide)
         state = SimpleNamespace(
             **{name: stack[rows[0] : rows[0] + 1] if single else stack for name, stack in self.stacks.items()},
             names=[self.names[i] for i in rows],

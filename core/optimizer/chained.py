@@ -65,12 +65,7 @@ class ChainedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members: Sequence[Any] = self.optimizers
-        ours = [member for member in members if isinstance(member, ShardedStep)]
-        engine.run((update for member in ours for update in member.updates()), check=checks_ranks())
-        for member in self.optimizers:
-            if not isinstance(member, ShardedStep):
-                member.step()
+        finish_step(self.optimizers, engine.Run(check=checks_ranks()))
         return loss
 
     def train(self) -> None:
@@ -146,6 +141,14 @@ class ChainedOptimizer(Optimizer):
             member.param_groups = self.param_groups[at : at + count]
             member.state = self.state
             at += count
+
+
+def finish_step(members: Sequence[Any], run: engine.Run) -> None:
+    """Take the step of ``members`` that ``run`` may have begun: the rules of ours together, then the others."""
+    run.finish(update for member in members if isinstance(member, ShardedStep) for update in member.updates())
+    for member in members:
+        if not isinstance(member, ShardedStep):
+            member.step()
 
 
 def _mode(member: Optimizer) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import engine
+from ..engine import Work
 from ..layout import Layout, Reduce, Rule
 from ..placements import local_gradient
 from ..process_groups_config import Axis, ProcessGroupCollection
@@ -102,7 +103,7 @@ class GlobalClip(ShardedStep):
         return (g,)
 
     @torch.no_grad()
-    def updates(self) -> Iterator[tuple[str, Rule]]:
+    def updates(self) -> Iterator[Work]:
         """As in the base class, after the reduction that the norm takes."""
         self.scale = None
         if self.max_norm is not None:

@@ -6,20 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine import Work
 from ..layout import Layout, Rule
 from ..placements import local, local_gradient
 from ..state import StateSpec
+from .blocks import BLOCK_BYTES
 from .buckets import as_state
 from .sharded_optimizer import ShardedStep, check_gradients
 
 States = Mapping[str, list[Tensor]]
 
 CPU = torch.device("cpu")
-
-BLOCK_BYTES = {"cpu": 2**19}
-"""How much of each tensor a rule is given at a time, by device. A foreach kernel on CPU goes through its tensors once an
-operation; blocks that stay in the cache from one operation to the next make a rule of eight operations 1.5 times as fast.
-Other devices get everything at once, for few launches."""
 
 
 class ElementwiseStep(ShardedStep):
@@ -65,7 +62,7 @@ class ElementwiseStep(ShardedStep):
         """
         raise NotImplementedError
 
-    def updates(self) -> Iterator[tuple[str, Rule]]:
+    def updates(self) -> Iterator[Work]:
         """One rule per group, dtype and device."""
         check_gradients(self.param_groups)
         for group in self.param_groups:
@@ -75,7 +72,7 @@ class ElementwiseStep(ShardedStep):
                 if p.grad is not None:
                     alike.setdefault((p.dtype, p.device), []).append(p)
             for params in alike.values():
-                yield self._name(params[0]), self._update(params, group)
+                yield Work(self._name(params[0]), self._update(params, group))
 
     @torch.no_grad()
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:

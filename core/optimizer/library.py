@@ -168,7 +168,7 @@ class LibraryStep(WholeStep):
         # On the meta device, where plans are checked, there are no weights to look at.
         params = [p for p in params if not p.is_meta]
         with torch.no_grad():
-            engine.run((self._name(p), self.on_wholes(p, [], work)) for p in params)
+            engine.run(self._whole_work(p, self.on_wholes(p, [], work), tensors=1) for p in params)
         for domain in dict.fromkeys(unit.home.domain for p in params for unit in self._parameters[p].units):
             refused += [error for errors in self._groups.gather(domain, refused) for error in errors]
         if refused:

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -16,11 +17,13 @@ from torch.optim.optimizer import ParamsT
 
 from .. import engine
 from ..layout import Layout, Mode, Rule
-from ..linalg.newton_schulz import coefficients, newton_schulz
+from ..linalg.newton_schulz import coefficients, flops, newton_schulz
+from ..on_matrix import Deferred, travels
 from ..placements import layout_of, local
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
 from . import orthogonal
+from .blocks import row_blocks
 from .buckets import RuleFunction
 from .checks import choice, fraction, non_negative
 from .sharded_optimizer import ShardedStep
@@ -62,6 +65,7 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
 
     kind = "matrix"
     matrices_only = True
+    widens = False
     modes = ("duplicated", "distributed", "owner")
     _norm_eps = 0.0
 
@@ -157,20 +161,31 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         """``momentum_buffer``, like the parameter."""
         return {"momentum_buffer": StateSpec("*")}
 
+    def traffic(self, layout: Layout) -> tuple[float, int]:
+        """As in the base class: the dearest of the parts, and the largest."""
+        if not travels(layout, self.tp_mode):
+            return 0.0, 0
+        shapes = [part.shape for part in layout.part_layouts]
+        return max(flops(*shape) for shape in shapes), max(prod(shape) for shape in shapes)
+
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
         """Momentum, then orthogonalization."""
         return self._muon
 
     def _muon(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
-        u = self._momentum(p, g, s, group)
-        return (yield self._orthogonal(u, lay, scaled=True))
+        return (yield self._orthogonal(self._momentum(p, g, s, group), lay, scaled=True))
 
-    def _momentum(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any]) -> Tensor:
-        if self.weight_decay_method == "l2" and group["weight_decay"]:
-            g = g.add(p, alpha=group["weight_decay"])
-        return orthogonal.momentum(g, s.momentum_buffer, mu=group["momentum"], nesterov=self.nesterov)
+    def _momentum(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any]) -> Deferred:
+        """The direction to orthogonalize, and the update of its buffer."""
+        mu, decay = group["momentum"], group["weight_decay"] if self.weight_decay_method == "l2" else 0
 
-    def _orthogonal(self, u: Tensor, lay: Layout, *, scaled: bool) -> Rule:
+        def write(out: Tensor) -> None:
+            decayed = g.to(s.momentum_buffer.dtype).add(p, alpha=decay) if decay else g
+            orthogonal.write_momentum(out, decayed, s.momentum_buffer, mu=mu, nesterov=self.nesterov)
+
+        return Deferred(tuple(g.shape), s.momentum_buffer.dtype, g.device, write)
+
+    def _orthogonal(self, u: Tensor | Deferred, lay: Layout, *, scaled: bool) -> Rule:
         def fn(x: Tensor, matrix: Layout) -> Rule:
             scale = self._scale(*matrix.shape) if scaled else 1.0
             precision = self.fp32_matmul_prec
@@ -179,11 +194,14 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         return orthogonal.orthogonal(u, lay, fn, mode=self.tp_mode, precision=self.fp32_matmul_prec)
 
     def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
-        lr, decay = float(group["lr"]), group["weight_decay"]
-        if self.weight_decay_method == "decoupled" and decay:
-            p.add_(p, alpha=-decay * lr)
-        self.pre_weight_update_fn_inplace(p, update)
-        p.add_(update, alpha=-lr)
+        lr, decay = float(group["lr"]), group["weight_decay"] if self.weight_decay_method == "decoupled" else 0
+        hooked = type(self).pre_weight_update_fn_inplace is not OrthogonalizedOptimizer.pre_weight_update_fn_inplace
+        # In one pass, unless somebody wants to see the whole parameter between decay and update.
+        for q, u in [(p, update)] if hooked else row_blocks(p, update):
+            if decay:
+                q.add_(q, alpha=-decay * lr)
+            self.pre_weight_update_fn_inplace(q, u)
+            q.add_(u, alpha=-lr)
         self.post_weight_update_fn_inplace(p)
 
     def _scale(self, rows: int, cols: int) -> float:
@@ -291,8 +309,15 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
 
     def _adaptive_muon(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
         u = self._momentum(p, g, s, group)
-        o = (yield self._orthogonal(u, lay, scaled=False)).to(g.dtype)
-        o = yield orthogonal.adapt(
-            o, g, u, s.moment2_buffer, lay, self.moment2_method, beta2=group["beta2"], eps=group["eps"]
-        )
+        if self.moment2_method == "namo":
+            formed = u.form()
+            # Asked here, while gradient and direction are at hand, and sent later, for not to delay the matrices.
+            norms = lay.norm(g.to(u.dtype)), lay.norm(formed)
+            o = (yield self._orthogonal(formed, lay, scaled=False)).to(u.dtype)
+            del formed
+            o = orthogonal.namo(o, s.moment2_buffer, *(yield norms), beta2=group["beta2"], eps=group["eps"])
+        else:
+            o = (yield self._orthogonal(u, lay, scaled=False)).to(u.dtype)
+            adapt = orthogonal.normuon if self.moment2_method == "normuon" else orthogonal.adamuon
+            o = yield adapt(o, s.moment2_buffer, lay, beta2=group["beta2"], eps=group["eps"])
         return o * lay.per_part(self._scale, o)

@@ -43,6 +43,8 @@ class OptaxMuon(TensorParallelMuon):
     of Bernstein & Newhouse 2024, https://arxiv.org/abs/2409.20325
     """
 
+    widens = True
+
     def __init__(
         self,
         params: ParamsT,

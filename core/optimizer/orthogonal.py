@@ -1,6 +1,7 @@
 """Muon and its adaptive variants as rules: momentum, orthogonalization of the whole matrix, second moment."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch import Tensor
 from ..layout import Layout, Mode, Rule
 from ..linalg.newton_schulz import flops
 from ..linalg.precision import compute_dtype
-from ..on_matrix import MatrixRule, on_matrix
+from ..on_matrix import Deferred, MatrixRule, on_matrix
 from ..state import StateSpec
+from .blocks import row_blocks
 
 Group = Mapping[str, Any]
 Scale = Callable[[int, int], float]
@@ -22,10 +24,17 @@ def momentum(g: Tensor, buffer: Tensor, *, mu: float, nesterov: bool) -> Tensor:
     return g.lerp(buffer, mu) if nesterov else buffer
 
 
-def orthogonal(u: Tensor, lay: Layout, fn: MatrixRule, *, mode: Mode, precision: str) -> Rule:
+def write_momentum(out: Tensor, g: Tensor, buffer: Tensor, *, mu: float, nesterov: bool) -> None:
+    """:func:`momentum` written into ``out``, in its dtype, block by block where a block fits the cache."""
+    for o, b, h in row_blocks(out, buffer, g):
+        o.copy_(momentum(h.to(b.dtype), b, mu=mu, nesterov=nesterov))
+
+
+def orthogonal(u: Tensor | Deferred, lay: Layout, fn: MatrixRule, *, mode: Mode, precision: str) -> Rule:
     """``fn`` of the whole matrix of each momentum shard in ``u`` (B, m, n), in the arithmetic of ``precision``."""
     # Cast before the shards travel: half the bytes, and the owner sees what an unsharded run would see.
-    x = u.to(compute_dtype(u.dtype, precision))
+    dtype = compute_dtype(u.dtype, precision)
+    x = u.to(dtype) if isinstance(u, Tensor) else replace(u, dtype=dtype)
     return (yield on_matrix(fn, x, lay, mode, flops))
 
 
@@ -43,10 +52,11 @@ def averaged_dim(lay: Layout) -> int:
     return -1 if lay.shape[-2] >= lay.shape[-1] else -2
 
 
-def adamuon(o: Tensor, v: Tensor, *, beta2: float, eps: float) -> Tensor:
+def adamuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float) -> Rule:
     """Elementwise second moment of the orthogonalized direction ``o``; updates ``v``. Source: arXiv 2507.11005."""
     v.lerp_(o.square(), 1 - beta2)
     return o / (v.sqrt() + eps)
+    yield  # a rule that asks for nothing
 
 
 def normuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float) -> Rule:
@@ -71,15 +81,3 @@ def namo(o: Tensor, v: Tensor, gradient_norm: Tensor, direction_norm: Tensor, *,
     """
     v.lerp_(gradient_norm.square().flatten(1), 1 - beta2)
     return o * (direction_norm.flatten(1) / (v.sqrt() + eps)).unsqueeze(-1)
-
-
-def adapt(
-    o: Tensor, g: Tensor, u: Tensor, v: Tensor, lay: Layout, method: Moment2, *, beta2: float, eps: float
-) -> Rule:
-    """The second-moment step ``method`` on the unscaled direction ``o`` of gradient ``g`` and momentum ``u``."""
-    if method == "adamuon":
-        return adamuon(o, v, beta2=beta2, eps=eps)
-    if method == "normuon":
-        return (yield normuon(o, v, lay, beta2=beta2, eps=eps))
-    gradient_norm, direction_norm = yield lay.norm(g), lay.norm(u)
-    return namo(o, v, gradient_norm, direction_norm, beta2=beta2, eps=eps)

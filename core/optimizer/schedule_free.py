@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Rule
+from ..engine import Work
 from ..placements import local
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
@@ -63,7 +63,7 @@ class ScheduleFree(ElementwiseStep, Optimizer):  # type: ignore[misc]
         torch._foreach_add_(params, steps, alpha=rate * (beta * (1 - c) - 1))
         torch._foreach_sub_(z, steps, alpha=rate)
 
-    def updates(self) -> Iterator[tuple[str, Rule]]:
+    def updates(self) -> Iterator[Work]:
         """As in the base class.
 
         Raises:

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NoReturn
+from functools import partial
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,6 +59,22 @@ def load_state(
         raise
 
 
+class Travelling(NamedTuple):
+    """Parameters that are stepped together and whose matrices go to an owner.
+
+    Attributes:
+        params: The parameters.
+        position: Of the first of them in the model.
+        entries: As in :class:`engine.Work`.
+        begin: Makes the work, once their gradients are final.
+    """
+
+    params: list[Tensor]
+    position: int
+    entries: int
+    begin: Callable[[], engine.Work]
+
+
 class ShardedStep:
     """Mixin for a ``torch.optim.Optimizer`` class that is written as a rule.
 
@@ -70,6 +87,8 @@ class ShardedStep:
     """What the rule asks of other ranks: nothing, reductions, or whole matrices."""
     matrices_only = False
     """Whether parameters that are not 2-D are refused."""
+    widens = True
+    """Whether the rule is given 16-bit parameters and gradients in float32; a rule that widens them itself needs less memory."""
     modes: tuple[str, ...] = ()
     """Tensor-parallel modes that are exact, for a class that takes ``tp_mode``."""
 
@@ -86,6 +105,10 @@ class ShardedStep:
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
         """The update of the parameters in ``group``."""
         raise NotImplementedError
+
+    def traffic(self, layout: Layout) -> tuple[float, int]:
+        """Work for a parameter of ``layout``, and entries of the largest whole tensor that goes to a rank for it, or 0."""
+        return 0.0, 0
 
     def layout(self, p: Tensor) -> Layout:
         """Where ``p`` lives, as this optimizer's rule sees it."""
@@ -125,13 +148,33 @@ class ShardedStep:
         engine.run(self.updates(), check=checks_ranks())
         return loss
 
-    def updates(self) -> Iterator[tuple[str, Rule]]:
+    def updates(self) -> Iterator[engine.Work]:
         """The rules of one step, for :func:`engine.run`; a chain of optimizers runs those of all its members together."""
         check_gradients(self.param_groups)
         for group in self.param_groups:
             self._init_group(group)
             for bucket in self._buckets(group):
-                yield bucket.label, self._scoped(bucket, group)
+                if not bucket.begun:
+                    yield self._work(bucket, group)
+                bucket.begun = False
+
+    def travelling(self) -> Iterator[Travelling]:
+        """The buckets whose matrices travel, to be stepped before the others; :meth:`updates` leaves out what was begun."""
+        position = {p: at for at, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for group in self.param_groups if self.kind == "matrix" else ():
+            self._init_group(group)
+            for bucket in self._buckets(group):
+                bucket.begun = False
+                if entries := self.traffic(bucket.layout)[1]:
+                    first = min(position[p] for p in bucket.params)
+                    yield Travelling(bucket.params, first, entries, partial(self._begin, bucket, group))
+
+    def _begin(self, bucket: Bucket, group: Mapping[str, Any]) -> engine.Work:
+        bucket.begun = True
+        return self._work(bucket, group)
+
+    def _work(self, bucket: Bucket, group: Mapping[str, Any]) -> engine.Work:
+        return engine.Work(bucket.label, self._scoped(bucket, group), *self.traffic(bucket.layout))
 
     @torch.no_grad()
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
@@ -209,7 +252,9 @@ class ShardedStep:
         p.add_(update, alpha=-float(group["lr"]))
 
     def _scoped(self, bucket: Bucket, group: Mapping[str, Any]) -> Rule:
-        return bucket.update(self.rule(group), lambda p, update: self._apply(p, update, group), group)
+        return bucket.update(
+            self.rule(group), lambda p, update: self._apply(p, update, group), group, widens=self.widens
+        )
 
     @property
     def _groups(self) -> ProcessGroupCollection:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..engine import Work
 from ..layout import Layout, Move, Placement, Rule, Split
-from ..on_matrix import shard_of
+from ..on_matrix import Deferred, shard_of
 from ..placements import layout_of, local, local_gradient
 from ..process_groups_config import Axis, Domain
 from ..state import sizes
 from .checks import choice
-from .sharded_optimizer import ShardedStep, check_gradients
+from .sharded_optimizer import ShardedStep, Travelling, check_gradients
 
 WholeMode = Literal["owner", "duplicated"]
 
@@ -77,6 +78,11 @@ class Home:
     owner: int | None
 
     @property
+    def travels(self) -> bool:
+        """Whether one of several ranks works on it."""
+        return self.owner is not None and self.domain.size > 1
+
+    @property
     def here(self) -> bool:
         """Whether this rank works on it."""
         return self.owner in (None, self.domain.index)
@@ -116,7 +122,7 @@ class Parameter:
     units: tuple[Unit, ...]
 
 
-Work = Callable[..., None]
+Change = Callable[..., None]
 """``work(unit, p, *others)``: changes the whole tensor ``p`` in place, where it is worked on."""
 
 
@@ -184,14 +190,18 @@ class WholeStep(ShardedStep):
         """The tensor-parallel mode."""
         return self.tp_mode
 
-    def updates(self) -> Iterator[tuple[str, Rule]]:
-        """One rule a parameter."""
+    def updates(self) -> Iterator[Work]:
+        """One rule a parameter; parameters whose owners are other ranks' too go in waves."""
         check_gradients(self.param_groups)
         for group in self.param_groups:
             self._init_group(group)
             for p in group["params"]:
                 if p.grad is not None:
-                    yield self._name(p), self._update(p, group)
+                    yield self._whole_work(p, self._update(p, group), tensors=2)
+
+    def travelling(self) -> Iterator[Travelling]:
+        """None: they are all stepped after backward."""
+        return iter(())
 
     @torch.no_grad()
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
@@ -221,7 +231,13 @@ class WholeStep(ShardedStep):
                 self.state[p].update({k: v.clone() for k, v in self.state[p].items() if isinstance(v, Tensor)})
         super().take_state()
 
-    def on_wholes(self, p: Tensor, others: list[Tensor], work: Work) -> Rule:
+    def _whole_work(self, p: Tensor, rule: Rule, *, tensors: int) -> Work:
+        """``rule``, which brings ``tensors`` tensors like ``p`` together."""
+        shapes = [unit.layout.shape for unit in self._parameters[p].units if unit.home.travels]
+        cost = max(map(self.cost, shapes), default=0.0)
+        return Work(self._name(p), rule, cost, tensors * max(map(prod, shapes), default=0))
+
+    def on_wholes(self, p: Tensor, others: list[Tensor], work: Change) -> Rule:
         """Change ``p`` by ``work`` on the whole of it, or of each of its parts.
 
         Args:
@@ -231,30 +247,49 @@ class WholeStep(ShardedStep):
         """
         lay, shard = self._parameters[p].layout, local(p)
         dtype = reduce(torch.promote_types, (x.dtype for x in others), shard.dtype)
-        both = torch.stack([x.to(dtype) for x in (shard, *others)])
+        tensors = (shard, *others)
+
+        def write(out: Tensor) -> None:
+            for place, x in zip(out, tensors, strict=True):
+                place.copy_(x)
+
+        together = Deferred((len(tensors), *shard.shape), dtype, shard.device, write)
         units = self._parameters[p].units
-        pieces = zip(lay.split_parts(both), units, strict=True)
-        new = yield [self._on_whole(x, unit, shard.dtype, work) for (x, _), unit in pieces]
+        if units[0].home.travels and not lay.parts:
+            new = [(yield self._on_whole(together, units[0], shard.dtype, work))]
+        else:
+            pieces = zip(lay.split_parts(together.form()), units, strict=True)
+            new = yield [self._on_whole(x, unit, shard.dtype, work) for (x, _), unit in pieces]
         shard.copy_(lay.join_parts(new)[0])
 
-    def _on_whole(self, x: Tensor, unit: Unit, dtype: torch.dtype, work: Work) -> Rule:
+    def _on_whole(self, x: Tensor | Deferred, unit: Unit, dtype: torch.dtype, work: Change) -> Rule:
         lay, home = unit.layout, unit.home
         there = None if home.domain.size == 1 else home.placement(lay)
-        whole = x if there is None else (yield Move(x, len(x), lay.placement, there, x.dtype, x.device))
+        kept, device = x.dtype, x.device
+        if there is None:
+            assert isinstance(x, Tensor)
+            whole = x
+        else:
+            source = x.fill if isinstance(x, Deferred) else x
+            whole = yield Move(source, x.shape[0], lay.placement, there, kept, device)
+            del source
+        del x
         out, failed = None, None
         if home.here:
-            wholes = [_in_order(y) for y in whole.to(torch.promote_types(x.dtype, torch.float32))]
+            wholes = [_in_order(y) for y in whole.to(torch.promote_types(kept, torch.float32))]
             try:
                 if prod(lay.shape):
                     work(unit, *wholes)
             except Exception as error:  # raised below: the other ranks are waiting for what comes back
                 failed = error
             out = wholes[0].to(dtype).unsqueeze(0)
+            del wholes
+        del whole
         if there is None or home.owner is None:
             assert out is not None
             back = shard_of(out, lay)
         else:
-            back = yield Move(out, 1, there, lay.placement, dtype, x.device)
+            back = yield Move(out, 1, there, lay.placement, dtype, device)
         if failed is not None:
             failed.add_note(f"{unit.name}: this rank failed to update it; the other ranks went on.")
             raise failed
