@@ -44,6 +44,11 @@ LINES = [
     ("two betas in one", "--adam-beta1 0.9 0.95", r"--adam-beta1 \[0.9, 0.95\].*not 2.*--adam-beta2 0.95"),
     ("beta is 1", "--adam-beta2 1", "--adam-beta2 1: .*>= 0 and < 1"),
     ("weight decay is negative", "--weight-decay -0.1", "--weight-decay -0.1.*>= 0.*0 means none"),
+    (
+        "clipping and a step during backward",
+        "--overlap-optimizer-with-backward",
+        "--overlap-optimizer-with-backward: --clip-grad 1.0 needs the norm.*--clip-grad 0",
+    ),
     ("no iterations", "--muon-num-ns-steps 0", "--muon-num-ns-steps 0.*>= 1 and <= 20"),
     ("too many iterations", "--muon-num-ns-steps 21", "--muon-num-ns-steps 21.*>= 1 and <= 20"),
     (

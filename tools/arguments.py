@@ -105,6 +105,9 @@ class Arguments:
     )
     pipeline_schedule: str | None = text(None, "default: 1f1b, or interleaved", SCHEDULES)
     distributed_backend: str | None = text(None, "default: nccl where there is a GPU", ("gloo", "nccl"))
+    overlap_optimizer_with_backward: bool = switch(
+        False, "step Muon's matrices of owner mode as their gradients come; needs --clip-grad 0 and no pipeline"
+    )
     bf16: bool = switch(False, "matrix products in bfloat16, parameters in fp32")
     fp16: bool = switch(False, "refused: there is no loss scaler")
     use_triton: bool = switch(False, "refused: there are no Triton kernels yet")

@@ -5,6 +5,7 @@ batch is cut into the same sequences, and the loss is the mean over all tokens o
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -206,11 +207,13 @@ class Engine:
                 self._tied_group = _ends(pipeline)
         self._batch_shape: torch.Size | None = None
 
-    def train_step(self, batch: Tensor) -> float:
+    def train_step(self, batch: Tensor, last: AbstractContextManager[Any] | None = None) -> float:
         """Forward and backward of the global batch; ``.grad`` becomes the gradient of its mean loss.
 
         Args:
             batch: Token ids (global batch, sequence + 1), the same on every rank.
+            last: What the last micro-batch's backward runs in, without a pipeline. It makes gradients final itself, by
+                `make_final`.
 
         Returns:
             Mean loss over all tokens of the global batch in nats, the same on every rank.
@@ -221,9 +224,17 @@ class Engine:
         """
         for model in self.model_chunks:
             model.zero_grad(set_to_none=True)
-        losses = self._run(batch, backward=True)
-        self._reduce_gradients()
+        losses = self._run(batch, backward=True, last=last)
+        if last is None:
+            self._reduce_gradients()
         return self._sum(losses)
+
+    def make_final(self, param: Tensor) -> None:
+        """Sum the gradient of ``param`` over data-parallel ranks, in place."""
+        assert isinstance(param, nn.Parameter)
+        _lay_out_gradient(param)
+        if self.mesh is not None and self.dp > 1:
+            dist.all_reduce(_local_grad(param), group=self.mesh["dp"].get_group())
 
     def sampled_step(self, batch: Tensor, seed: int) -> None:
         """As `train_step`, for targets drawn from the model's own predictions; the same ones on every layout.
@@ -244,7 +255,14 @@ class Engine:
         with torch.no_grad():
             return self._sum(self._run(batch, backward=False))
 
-    def _run(self, batch: Tensor, *, backward: bool, draws: Tensor | None = None) -> list[Tensor]:
+    def _run(
+        self,
+        batch: Tensor,
+        *,
+        backward: bool,
+        draws: Tensor | None = None,
+        last: AbstractContextManager[Any] | None = None,
+    ) -> list[Tensor]:
         """The losses of this rank's micro-batches; none where the last stage is elsewhere.
 
         ``draws`` in [0, 1) (global batch, sequence) take the place of the targets: each picks one by its probability.
@@ -254,14 +272,17 @@ class Engine:
             targets = draws.chunk(self.dp)[self._dp_rank].to(self.device)
         losses: list[Tensor] = []
         if self._schedule is not None:
+            assert last is None
             run = self._schedule.step if backward else self._schedule.eval
             ends: dict[str, Any] = {"target": targets, "losses": losses} if self._is_last else {}
             run(*([tokens] if self._is_first else []), return_outputs=False, **ends)
             return losses
-        for x, y in zip(tokens.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True):
+        pieces = zip(tokens.chunk(self.micro_batches), targets.chunk(self.micro_batches), strict=True)
+        for i, (x, y) in enumerate(pieces, 1):
             loss = self._loss(self.model_chunks[0](x), y)
             if backward:
-                loss.backward()
+                with (last if last is not None and i == self.micro_batches else None) or nullcontext():
+                    loss.backward()
             losses.append(loss.detach())
         return losses
 

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from core.checkpoint import CheckpointError
-from core.optimizer.clip import NonFiniteGradientError
+from core.optimizer.clip import NonFiniteGradientError, global_norm
+from core.optimizer.early import EarlyStep
 from core.optimizer.sophia import Sophia
 from core.process_groups_config import ProcessGroupCollection
 
@@ -119,6 +120,9 @@ class Job:
         members = self.optimizer.members.items()
         mine = [(name, m.estimator, m.hessian_interval) for name, m in members if isinstance(m, Sophia)]
         self._curvatures = list(dict.fromkeys(gather(mine)))
+        if self._curvatures and args.overlap_optimizer_with_backward:
+            problem = "Sophia estimates curvature between backward and step"
+            raise UsageError("--overlap-optimizer-with-backward", None, problem, hint="leave it out")
         self.scheduler = make_scheduler(args, self.optimizer, self.done)
 
     def run(self) -> None:
@@ -155,18 +159,31 @@ class Job:
     def _step(self) -> tuple[float, float]:
         """One step; the loss before it and the gradient norm before clipping."""
         batch = self.train.batch(self.consumed, self.args.global_batch_size)
-        loss = self.engine.train_step(batch)
+        early = self.args.overlap_optimizer_with_backward
+        last = EarlyStep(self.optimizer, reduce=self.engine.make_final) if early else None
+        loss = self.engine.train_step(batch, last)
         try:
-            norm = self.optimizer.clip_grad_norm_(self.args.clip_grad)
+            norm = self._early_norm() if early else self.optimizer.clip_grad_norm_(self.args.clip_grad)
         except NonFiniteGradientError as error:
             error.add_note(f"in step {self.done + 1}, with loss {loss}")
             raise
-        self._estimate_curvature(batch)
-        self.optimizer.step()
+        if not early:
+            self._estimate_curvature(batch)
+            self.optimizer.step()
         self.scheduler.step()
         self.done += 1
         self.consumed += self.args.global_batch_size
         return loss, norm
+
+    def _early_norm(self) -> float:
+        """The norm of the gradients of a step that was taken during backward."""
+        norm = float(global_norm(self.optimizer.entries(), self.optimizer.pg_collection))
+        if not math.isfinite(norm):
+            raise NonFiniteGradientError(
+                f"the gradient norm is {norm}, and the step was taken during backward: weights have changed. Resume from the "
+                f"last checkpoint, without --overlap-optimizer-with-backward to learn which gradient it is."
+            )
+        return norm
 
     def _validate(self) -> float:
         """Mean loss of the same ``--eval-iters`` batches every time."""

@@ -83,6 +83,13 @@ def _check_machine(args: Arguments, launch: Launch, machine: Machine) -> str:
     if args.fp16:
         problem = "there is no loss scaler, and without one small gradients vanish"
         raise UsageError("--fp16", None, problem, possible="--bf16, or neither for fp32", hint="use --bf16")
+    flag = "--overlap-optimizer-with-backward"
+    if args.overlap_optimizer_with_backward and args.clip_grad:
+        problem = f"--clip-grad {args.clip_grad} needs the norm of all gradients before the first parameter moves"
+        raise UsageError(flag, None, problem, possible="with --clip-grad 0", hint="leave one of the two out")
+    if args.overlap_optimizer_with_backward and args.pipeline_model_parallel_size > 1:
+        problem = "the pipeline schedule does not say which backward is a parameter's last"
+        raise UsageError(flag, None, problem, possible="--pipeline-model-parallel-size 1", hint="leave it out")
     if args.use_triton and not machine.gpus:
         problem = "Triton kernels run on a GPU, and torch sees none"
         raise UsageError("--use-triton", None, problem, hint="leave it out: torch's own kernels serve the CPU")

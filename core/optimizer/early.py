@@ -1,0 +1,94 @@
+"""A step that begins during backward: matrices travel to their owners as soon as their gradients are final."""
+
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..placements import check_gradient, local_gradient
+from .chained import ChainedOptimizer, finish_step
+from .clip import clip_factor
+from .sharded_optimizer import ShardedStep, checks_ranks
+
+
+class EarlyStep:
+    """Takes one step of ``optimizer`` while the last backward of the step runs inside this context.
+
+    ::
+
+        with EarlyStep(optimizer):
+            loss.backward()  # no optimizer.step() afterwards
+
+    Matrices of owner mode leave wave by wave, the last layer's first, and are worked on as they arrive, so that their way to
+    the owner and back is hidden behind the rest of backward. Everything else is stepped when the context is left. The
+    result is that of ``optimizer.step()``. A gradient that is not finite is not found before parameters have changed.
+
+    The ranks that share a parameter must run the same backward. Gradients are final when autograd has added them up, or
+    when ``reduce`` has returned.
+
+    Args:
+        optimizer: A chain, or one optimizer of this project.
+        clip_grad: Largest global norm of the gradients; 0: no clipping.
+        norm: The global norm, where it is known before backward.
+        reduce: Makes a parameter's ``.grad`` final, in place: the sum over data-parallel ranks, where nobody else does it.
+
+    Raises:
+        ValueError: when gradients shall be clipped by a norm that is not known.
+    """
+
+    def __init__(
+        self,
+        optimizer: ChainedOptimizer | ShardedStep,
+        *,
+        clip_grad: float = 0.0,
+        norm: float | None = None,
+        reduce: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        if clip_grad > 0 and norm is None:
+            raise ValueError(
+                f"clip_grad={clip_grad} needs the norm of all gradients before the first parameter moves, and a step during "
+                f"backward moves some while gradients are still to come; pass clip_grad=0, or the norm if it is known, or "
+                f"call optimizer.step() after backward."
+            )
+        self._members: list[Any] = list(getattr(optimizer, "optimizers", (optimizer,)))
+        self._reduce = reduce
+        known = None if norm is None else torch.tensor(norm, dtype=torch.float64)
+        self._factor = 1.0 if known is None or not clip_grad else float(clip_factor(known, clip_grad))
+
+    def __enter__(self) -> Self:
+        """Watch the gradients."""
+        queue = [item for member in self._members if isinstance(member, ShardedStep) for item in member.travelling()]
+        # The order in which backward is done with them; the same on all ranks.
+        self._queue = deque(sorted(queue, key=lambda item: -item.position))
+        self._run = engine.Run(check=checks_ranks(), entries=max((item.entries for item in queue), default=0))
+        self._final: set[int] = set()
+        params = [p for member in self._members for group in member.param_groups for p in group["params"]]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in params if p.requires_grad]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the step, unless backward failed: then parameters that left early have moved or not."""
+        for hook in self._hooks:
+            hook.remove()
+        if error is None:
+            with torch.no_grad():
+                finish_step(self._members, self._run)
+        elif self._run.begun:
+            error.add_note("an early step had begun: some parameters may have taken it. Load the last checkpoint.")
+
+    @torch.no_grad()
+    def _ready(self, p: Tensor) -> None:
+        check_gradient(p)
+        if self._reduce is not None:
+            self._reduce(p)
+        if self._factor != 1.0:
+            local_gradient(p).mul_(self._factor)
+        self._final.add(id(p))
+        while self._queue and all(id(q) in self._final for q in self._queue[0].params):
+            self._run.add(self._queue.popleft().begin())
