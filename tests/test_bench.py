@@ -17,9 +17,9 @@ MODES = {"duplicated": 1, "distributed": 4, "owner": 4, "blockwise": 0}
 
 def collectives(layers: int, mode: str, hidden: int = 16) -> int:
     """In one step on ``layers`` layers, cut over all ranks."""
-    (candidate,) = bench_cases.tensor_parallel(
-        bench_cases.gpt_matrices(hidden, layers), "highest", dist.group.WORLD, [f"shardstep {mode}"]
-    )
+    makers = bench_cases.tensor_parallel("highest", dist.group.WORLD)
+    matrices = bench_cases.gpt_matrices(hidden, layers)
+    (candidate,) = bench_cases.candidates(makers, matrices, dist.group.WORLD, [f"shardstep {mode}"])
     return count_collectives(candidate.optimizer)
 
 
@@ -71,6 +71,31 @@ def test_every_candidate_runs_on_2_ranks(world, precision, tmp_path, capsys):
         assert (result["error"] < tolerance) == result["exact"], (name, result["error"])
 
 
+def check_whole_step(world, tmp_path, capsys) -> None:
+    out = tmp_path / "out.json"
+    small = ["--hidden", "16", "--layers", "2", "--vocabulary", "64", "--reps", "2"]
+    bench.main(["--whole-step", *small, "--json", str(out)])
+    if world.rank:
+        return
+    results = {result["name"]: result for result in json.loads(out.read_text())["results"]}
+    printed = capsys.readouterr().out
+    assert len(results) == 3
+    for name, result in results.items():
+        assert name in printed
+        assert result["error"] < 1e-4, name
+        assert result["adamw_error"] < 1e-6, name
+
+
+@pytest.mark.mpi(min_size=2)
+def test_whole_step_on_2_ranks(world, tmp_path, capsys):
+    check_whole_step(world, tmp_path, capsys)
+
+
+@pytest.mark.mpi(min_size=4)
+def test_whole_step_on_4_ranks(world, tmp_path, capsys):
+    check_whole_step(world, tmp_path, capsys)
+
+
 @pytest.mark.parametrize("precision", bench.PRECISIONS)
 def test_one_process(precision, capsys):
     bench.main(["--single", "--hidden", "16", "--layers", "2", "--reps", "1", "--precision", precision])
@@ -87,9 +112,16 @@ def test_one_process(precision, capsys):
         (["--hidden", "8"], "torchrun"),
         (["--single", "--only", "nobody"], "--only nobody: leaves no candidate"),
         (["--single", "--json", "no/such/folder/x.json"], "folder that does not exist"),
+        (["--whole-step"], "torchrun"),
+        (["--single", "--vocabulary", "0"], "--vocabulary 0: is out of range"),
+        (["--virtual", "0"], "--virtual 0: is out of range"),
+        (["--virtual", "6"], "possible: 2, 4, 8, 16"),
+        (["--virtual", "8", "--hidden", "12"], "--hidden 12: cannot be cut over 8 ranks"),
+        (["--virtual", "2", "--only", "nobody"], "--only nobody: leaves no candidate"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(argv, message, capsys, monkeypatch):
+    # A process group that another test left would be taken for the ranks.
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     with pytest.raises(SystemExit) as stop:
         bench.main(argv)

@@ -1,7 +1,9 @@
 """Times Muon's step beside its peers, on the matrices of a GPT and one CPU thread a rank.
 
     torchrun --nproc-per-node 4 -m tools.bench --hidden 512 --layers 8 --precision highest
+    torchrun --nproc-per-node 4 -m tools.bench --whole-step    # embedding and vectors too, by AdamW
     python -m tools.bench --single            # one process, against torch.optim and emerging-optimizers
+    python -m tools.bench --virtual 8         # one rank's work on 2, 4, 8 ranks that do not exist
     python -m tools.bench --all               # every run of BENCHMARKS.md, in processes of its own
 
 All candidates take turns in one set of processes, so that a busy machine slows all of them.
@@ -11,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,14 +27,21 @@ import torch
 import torch.distributed as dist
 
 from . import bench_cases as cases
-from .bench_measure import Result, measure
+from . import bench_virtual, bench_whole_step
+from .bench_figures import SIZES, figures_table
+from .bench_measure import measure
+from .bench_tables import markdown, of_report
 from .launch import Launch
 from .report import format_rows
 from .usage import UsageError, refuse
 
-SIZES = ((512, 8), (1024, 4))
-RANKS = (2, 4)
 PRECISIONS = ("highest", "medium")
+RUNS = (
+    *((ranks, precision, ()) for ranks, precision in product((2, 4, 1), PRECISIONS)),
+    (4, "medium", ("--whole-step",)),
+    (1, "medium", ("--virtual", "8")),
+)
+"""Ranks, precision and further flags of each run of ``--all``."""
 
 
 def environment() -> dict[str, Any]:
@@ -59,45 +67,42 @@ def environment() -> dict[str, Any]:
     }
 
 
-def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """A head and a line for each candidate; speed-ups are of medians, over the fastest exact peer."""
-    peers = [r for r in results if r.exact and not r.ours]
-    cpu = min(map(_cpu, peers), default=None)
-    wall = min((statistics.median(r.wall) for r in peers), default=None)
-    lines: list[tuple[str, ...]] = [
-        ("optimizer", "CPU s, median (min)", "speed-up", "wall s, median (min)", "speed-up", "error", "collectives")
-    ]
-    for r in results:
-        lines.append(
-            (
-                r.name if r.exact else f"{r.name} (inexact)",
-                f"{_cpu(r):.3f} ({min(r.cpu):.3f})",
-                "" if cpu is None else f"{cpu / _cpu(r):.2f}",
-                f"{statistics.median(r.wall):.3f} ({min(r.wall):.3f})",
-                "" if wall is None else f"{wall / statistics.median(r.wall):.2f}",
-                f"{r.error:.1e}",
-                str(r.collectives),
-            )
-        )
-    return lines
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One run: all candidates for one model, number of ranks and precision."""
+    """One run: all candidates for one model, number of ranks and precision.
+
+    Raises:
+        UsageError: when ``options.only`` leaves no candidate.
+    """
     torch.set_num_threads(1)
-    group = None if options.single else dist.group.WORLD
+    group = dist.group.WORLD if dist.is_initialized() and not options.single else None
+    ranks = 1 if group is None else dist.get_world_size(group)
     matrices = cases.gpt_matrices(options.hidden, options.layers)
-    if group is None:
-        candidates = cases.single_process(matrices, options.precision, options.only)
+    case = "step"
+    results: Sequence[Any]
+    if options.virtual:
+        case, ranks = "virtual", options.virtual
+        results = bench_virtual.run(options.virtual, matrices, options.precision, options.reps, options.only)
+    elif options.whole_step:
+        assert group is not None
+        case = "whole step"
+        others = bench_whole_step.gpt_others(options.hidden, options.layers, options.vocabulary)
+        candidates = bench_whole_step.candidates(matrices, others, options.precision, group, options.only)
+        results = measure(candidates, matrices, options.reps, group, others)
     else:
-        candidates = cases.tensor_parallel(matrices, options.precision, group, options.only)
-    if not candidates:
+        makers = (
+            cases.single_process(options.precision)
+            if group is None
+            else cases.tensor_parallel(options.precision, group)
+        )
+        candidates = cases.candidates(makers, matrices, group, options.only)
+        results = measure(candidates, matrices, options.reps, group)
+    if not results:
         raise UsageError("--only", " ".join(options.only), "leaves no candidate")
-    results = measure(candidates, matrices, options.reps, group)
     return {
+        "case": case,
         "hidden": options.hidden,
         "layers": options.layers,
-        "ranks": 1 if group is None else dist.get_world_size(group),
+        "ranks": ranks,
         "precision": options.precision,
         "reps": options.reps,
         "environment": environment(),
@@ -108,16 +113,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every run of BENCHMARKS.md, each in processes of its own; prints Markdown as they finish."""
     reports = []
-    for (hidden, layers), ranks, precision in product(SIZES, (*RANKS, 1), PRECISIONS):
+    for (hidden, layers), (ranks, precision, further) in product(SIZES, RUNS):
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory, "run.json")
             flags = ["--hidden", hidden, "--layers", layers, "--precision", precision, "--reps", options.reps]
-            _launch(ranks, [str(flag) for flag in (*flags, "--json", out)])
+            _launch(ranks, [str(flag) for flag in (*further, *flags, "--json", out)])
             reports.append(json.loads(out.read_text()))
         if len(reports) == 1:
             print(_describe(reports[0]["environment"]))
         print(markdown(reports[-1]), flush=True)
-    print(summary(reports), flush=True)
+    print(figures_table(reports), flush=True)
     return reports
 
 
@@ -125,47 +130,14 @@ def _launch(ranks: int, flags: Sequence[str]) -> None:
     environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     environ.setdefault("OMP_NUM_THREADS", "1")
     launcher = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", f"--nproc-per-node={ranks}", "-m"]
-    start = [*launcher, "tools.bench"] if ranks > 1 else ["tools.bench", "--single"]
+    start = [*launcher, "tools.bench"] if ranks > 1 else ["tools.bench"]
+    if ranks == 1 and "--virtual" not in flags:
+        start.append("--single")
     command = [sys.executable, "-m", *start, *flags]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-20:])
         sys.exit(f"{' '.join(command)}: ended with code {done.returncode}\n{tail}")
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """A heading and a table for one run."""
-    ranks = f"{report['ranks']} ranks" if report["ranks"] > 1 else "one process"
-    heading = f"\n### Hidden {report['hidden']}, {report['layers']} layers, {ranks}, {report['precision']}\n"
-    return "\n".join([heading, *_table(rows(_results(report)))])
-
-
-def summary(reports: Sequence[dict[str, Any]]) -> str:
-    """A table with a line for each run on several ranks: our fastest exact mode beside Megatron-Core's."""
-    lines = [("hidden x layers", "ranks", "precision", "Megatron-Core", "shardstep", "speed-up, CPU", "speed-up, wall")]
-    for report in reports:
-        if report["ranks"] > 1:
-            exact = [r for r in _results(report) if r.exact]
-            theirs, ours = (min((r for r in exact if r.ours == own), key=_cpu) for own in (False, True))
-            wall = min(statistics.median(r.wall) for r in exact if not r.ours) / statistics.median(ours.wall)
-            size = f"{report['hidden']} x {report['layers']}"
-            names = (r.name.split()[-1] for r in (theirs, ours))
-            speed = (f"{_cpu(theirs) / _cpu(ours):.2f}", f"{wall:.2f}")
-            lines.append((size, str(report["ranks"]), report["precision"], *names, *speed))
-    return "\n".join(["\n### Fastest exact mode of each\n", *_table(lines)])
-
-
-def _table(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    head, *others = ("| " + " | ".join(line) + " |" for line in lines)
-    return [head, "|" + " --- |" * len(lines[0]), *others]
-
-
-def _results(report: dict[str, Any]) -> list[Result]:
-    return [Result(**result) for result in report["results"]]
-
-
-def _cpu(result: Result) -> float:
-    return statistics.median(result.cpu)
 
 
 def _describe(environment: dict[str, Any]) -> str:
@@ -186,12 +158,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="TEXT", help="only candidates with one of these in the name"
     )
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=bench_whole_step.VOCABULARY,
+        help="rows of the embedding of --whole-step (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every timed step there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--single", action="store_true", help="one process, whole matrices")
-    which.add_argument("--all", action="store_true", help="every run of BENCHMARKS.md; prints Markdown")
+    which.add_argument(
+        "--whole-step", action="store_true", help="embedding, norms and biases too, by AdamW, as get_optimizer does it"
+    )
+    which.add_argument("--virtual", type=int, metavar="N", help="one process: one rank's work on 2, 4, … N ranks")
+    which.add_argument("--all", action="store_true", help="every run of BENCHMARKS.md; prints Markdown and the figures")
     options = parser.parse_args(argv)
-    needs_ranks = not (options.single or options.all)
+    needs_ranks = not (options.single or options.all or options.virtual is not None)
     starts_ranks = needs_ranks and not dist.is_initialized()
     rank = 0
     try:
@@ -213,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not isinstance(report, list):
         print(_describe(report["environment"]))
-        print("\n".join(format_rows(rows(_results(report)))))
+        print("\n".join(format_rows(of_report(report))))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
 
@@ -221,23 +203,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check(options: argparse.Namespace, ranks: int) -> None:
     if options.json and not options.json.parent.is_dir():
         raise UsageError("--json", options.json, "is in a folder that does not exist")
-    for flag, value in (("--hidden", options.hidden), ("--layers", options.layers), ("--reps", options.reps)):
+    for flag in ("--hidden", "--layers", "--reps", "--vocabulary"):
+        value = getattr(options, flag.removeprefix("--"))
         if value < 1:
             raise UsageError(flag, value, "is out of range", possible="a whole number >= 1")
+    virtual = options.virtual is not None
+    if virtual and (options.virtual < 2 or options.virtual & (options.virtual - 1)):
+        raise UsageError("--virtual", options.virtual, "is out of range", possible="2, 4, 8, 16, …")
+    if (options.single or options.all or virtual) and ranks > 1:
+        raise UsageError("WORLD_SIZE", ranks, "is for runs on several ranks", hint="leave torchrun out")
     if options.single or options.all:
-        if ranks > 1:
-            raise UsageError("WORLD_SIZE", ranks, "is for runs on several ranks", hint="leave torchrun out")
-    elif options.hidden % ranks:
-        raise UsageError(
-            "--hidden", options.hidden, f"cannot be cut over {ranks} ranks", possible=f"a multiple of {ranks}"
-        )
-    elif ranks == 1 and not dist.is_initialized():
+        return
+    if ranks == 1 and not virtual and not dist.is_initialized():
         raise UsageError(
             "--single",
             None,
-            "and --all are not given, and there are no ranks",
+            "and --virtual and --all are not given, and there are no ranks",
             hint="torchrun --nproc-per-node 4 -m tools.bench, or add --single",
         )
+    cut = [("--hidden", options.hidden)] + ([("--vocabulary", options.vocabulary)] if options.whole_step else [])
+    parts = options.virtual or ranks
+    for flag, value in cut:
+        if value % parts:
+            raise UsageError(flag, value, f"cannot be cut over {parts} ranks", possible=f"a multiple of {parts}")
 
 
 def _version(package: str) -> str:

@@ -1,9 +1,10 @@
 """What the benchmark steps: the matrices of a GPT, and every optimizer that is compared, on the same weights and gradients."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,18 @@ LR, DECAY, MOMENTUM, STEPS = 1.0, 0.01, 0.95, 5
 TP_SET, TP_SCALE = "quintic", "spectral"
 SINGLE_SET, SINGLE_SCALE = "simple", "shape_scaling"
 EXACT_MODES = ("duplicated", "distributed", "owner")
+OURS, MEGATRON = "shardstep", "Megatron-Core"
+OWNER = f"{OURS} owner"
+MEGATRON_EXACT = (f"{MEGATRON} duplicated", f"{MEGATRON} distributed")
+Parameters = list[torch.nn.Parameter]
+Make = Callable[[Parameters], torch.optim.Optimizer]
+
+
+class Steps(Protocol):
+    """What is timed: an optimizer, or several that a training job steps one after the other."""
+
+    def step(self) -> Any:
+        """Take one step with the gradients of the parameters."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +48,19 @@ class Matrix:
 
     def weight(self) -> Tensor:
         """(rows, cols) float32, the same on every rank."""
-        return self._normal(0, self.rows, self.cols) * 0.02
+        return normal(self.seed, 0, self.rows, self.cols) * 0.02
 
     def gradient(self) -> Tensor:
         """(rows, cols) float32: gaussian in even layers; in odd ones of rank 8 with a tenth as much noise."""
-        noise = self._normal(1, self.rows, self.cols)
+        noise = normal(self.seed, 1, self.rows, self.cols)
         if self.seed // 4 % 2 == 0:
             return noise
-        return 0.1 * noise + self._normal(2, self.rows, 8) @ self._normal(3, 8, self.cols)
+        return 0.1 * noise + normal(self.seed, 2, self.rows, 8) @ normal(self.seed, 3, 8, self.cols)
 
-    def _normal(self, stream: int, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(4 * self.seed + stream))
+
+def normal(seed: int, stream: int, *shape: int) -> Tensor:
+    """``shape`` float32, the same on every rank; another one for each seed and each ``stream`` in 0…3."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4 * seed + stream))
 
 
 def gpt_matrices(hidden: int, layers: int) -> list[Matrix]:
@@ -61,90 +76,111 @@ class Candidate:
 
     Attributes:
         name: Whose, and the mode.
-        exact: Whether its step is meant to be that of the whole matrix.
-        ours: Whether it is this project's.
+        optimizer: What is stepped.
+        params: This rank's shards, one for each matrix.
+        adamw_params: The parameters that are no such matrices, where the whole step of a model is taken.
     """
 
     name: str
-    optimizer: torch.optim.Optimizer
-    params: list[torch.nn.Parameter]
-    exact: bool = True
-    ours: bool = False
+    optimizer: Steps
+    params: Parameters
+    adamw_params: Parameters = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether its step is meant to be that of the whole matrix."""
+        return "blockwise" not in self.name
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this project's."""
+        return self.name.startswith(OURS)
 
 
-def tensor_parallel(
-    matrices: Sequence[Matrix], precision: str, group: ProcessGroup, only: Sequence[str] = ()
-) -> list[Candidate]:
-    """Megatron-Core's and our TensorParallelMuon in each mode, on this rank's shards.
-
-    Args:
-        only: Parts of names; candidates with none of them in their name are left out.
+def tensor_parallel(precision: str, group: ProcessGroup) -> dict[str, Make]:
+    """By name, what makes Megatron-Core's and our TensorParallelMuon of this rank's shards, in each mode.
 
     Raises:
         UsageError: when Megatron-Core is not installed.
     """
-    theirs, their_groups = _megatron(group)
-    ours = ProcessGroupCollection(tp=group)
-    makers: list[tuple[str, Any, Any, Any]] = [
-        *((f"Megatron-Core {mode}", theirs, their_groups, mode) for mode in ("duplicated", "distributed", "blockwise")),
-        *((f"shardstep {mode}", TensorParallelMuon, ours, mode) for mode in (*EXACT_MODES, "blockwise")),
-    ]
-    gradients = [shard(m.gradient(), m, group) for m in matrices]
-    made = []
-    for name, cls, groups, mode in makers:
-        if only and not any(part in name for part in only):
-            continue
-        params = _parameters(matrices, gradients, lambda whole, m: shard(whole, m, group))
-        optimizer = cls(
-            params,
-            lr=LR,
-            momentum=MOMENTUM,
-            weight_decay=DECAY,
-            nesterov=True,
-            fp32_matmul_prec=precision,
-            coefficient_type=TP_SET,
-            num_ns_steps=STEPS,
-            scale_mode=TP_SCALE,
-            pg_collection=groups,
-            tp_mode=mode,
-        )
-        made.append(Candidate(name, optimizer, params, exact=mode != "blockwise", ours=cls is TensorParallelMuon))
-    return made
+    megatron, their_groups = _megatron(group)
+    settings: dict[str, Any] = {
+        "lr": LR,
+        "momentum": MOMENTUM,
+        "weight_decay": DECAY,
+        "nesterov": True,
+        "fp32_matmul_prec": precision,
+        "coefficient_type": TP_SET,
+        "num_ns_steps": STEPS,
+        "scale_mode": TP_SCALE,
+    }
+    theirs = partial(megatron, **settings, pg_collection=their_groups)
+    ours: Any = partial(TensorParallelMuon, **settings, pg_collection=ProcessGroupCollection(tp=group))
+    return {
+        **{f"{MEGATRON} {mode}": partial(theirs, tp_mode=mode) for mode in ("duplicated", "distributed", "blockwise")},
+        **{f"{OURS} {mode}": partial(ours, tp_mode=mode) for mode in (*EXACT_MODES, "blockwise")},
+    }
 
 
-def single_process(matrices: Sequence[Matrix], precision: str, only: Sequence[str] = ()) -> list[Candidate]:
-    """torch's, emerging-optimizers' and our Muon on whole matrices. torch's computes in bfloat16 only."""
-    gradients = [m.gradient() for m in matrices]
-    common = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "nesterov": True}
-    peer = {"fp32_matmul_prec": precision, "coefficient_type": SINGLE_SET, "scale_mode": SINGLE_SCALE}
-    ((a, b, c),) = set(coefficients(SINGLE_SET, STEPS))
-    makers: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {
-        "torch.optim.Muon": lambda params: torch.optim.Muon(
-            params,
-            LR,
-            DECAY,
-            momentum=MOMENTUM,
-            ns_coefficients=(a, b, c),
-            ns_steps=STEPS,
-        ),
-        "emerging-optimizers": lambda params: Muon(params, **common, num_ns_steps=STEPS, **peer),
-        "shardstep": lambda params: TensorParallelMuon(params, **common, num_ns_steps=STEPS, **peer),  # type: ignore[arg-type]
+def single_process(precision: str) -> dict[str, Make]:
+    """The same of torch's, emerging-optimizers' and our Muon of whole matrices. torch's computes in bfloat16 only."""
+    common: Any = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "nesterov": True}
+    peer: Any = {"fp32_matmul_prec": precision, "coefficient_type": SINGLE_SET, "scale_mode": SINGLE_SCALE}
+    (abc,) = set(coefficients(SINGLE_SET, STEPS))
+    makers: dict[str, Make] = {
+        "torch.optim.Muon": partial(torch.optim.Muon, **common, ns_coefficients=abc, ns_steps=STEPS),
+        "emerging-optimizers": partial(Muon, **common, num_ns_steps=STEPS, **peer),
+        OURS: partial(TensorParallelMuon, **common, num_ns_steps=STEPS, **peer),
     }
     if precision != "medium":
         del makers["torch.optim.Muon"]
+    return makers
+
+
+def candidates(
+    makers: Mapping[str, Make], matrices: Sequence[Matrix], group: ProcessGroup | None, only: Sequence[str] = ()
+) -> list[Candidate]:
+    """A candidate of each maker, with parameters of its own; the gradients are shared.
+
+    Args:
+        makers: By name.
+        matrices: What the parameters are shards of.
+        group: The ranks that share the matrices; None for one process.
+        only: Parts of names; makers with none of them in their name are left out.
+    """
+    gradients = [shard(m.gradient(), m.cut, group) for m in matrices]
     made = []
     for name, make in makers.items():
         if not only or any(part in name for part in only):
-            params = _parameters(matrices, gradients, lambda whole, m: whole)
-            made.append(Candidate(name, make(params), params, ours=name == "shardstep"))
+            params = parameters(matrices, gradients, group)
+            made.append(Candidate(name, make(params), params))
     return made
 
 
-def shard(whole: Tensor, matrix: Matrix, group: ProcessGroup | None) -> Tensor:
-    """This rank's piece of ``whole``; all of it without a group."""
-    if group is None:
+def parameters(
+    matrices: Sequence[Matrix], gradients: Sequence[Tensor], group: ProcessGroup | None, device: str = "cpu"
+) -> Parameters:
+    """This rank's shards of new weights on ``device``, with these gradients and Megatron's attributes."""
+    return [
+        sharded(shard(m.weight(), m.cut, group).to(device), gradient, m.cut)
+        for m, gradient in zip(matrices, gradients, strict=True)
+    ]
+
+
+def sharded(weight: Tensor, gradient: Tensor, cut: int | None) -> torch.nn.Parameter:
+    """A parameter with this gradient, and with Megatron's attributes of one that is cut along ``cut``; None for not at all."""
+    p = torch.nn.Parameter(weight)
+    p.grad = gradient
+    if cut is not None:
+        p.tensor_model_parallel, p.partition_dim, p.partition_stride = True, cut, 1  # type: ignore[attr-defined]
+    return p
+
+
+def shard(whole: Tensor, cut: int | None, group: ProcessGroup | None) -> Tensor:
+    """This rank's piece of ``whole`` along dim ``cut``; all of it for None, or without a group."""
+    if group is None or cut is None:
         return whole
-    return whole.chunk(dist.get_world_size(group), matrix.cut)[dist.get_rank(group)].contiguous()
+    return whole.chunk(dist.get_world_size(group), cut)[dist.get_rank(group)].contiguous()
 
 
 def first_update(matrix: Matrix, coefficient_type: str, scale_mode: str) -> Tensor:
@@ -160,19 +196,6 @@ def first_update(matrix: Matrix, coefficient_type: str, scale_mode: str) -> Tens
         x = a * x + (b * gram + c * gram @ gram) @ x
     x *= float(get_muon_scale_factor(matrix.rows, matrix.cols, mode=scale_mode))
     return x.mT if tall else x
-
-
-def _parameters(
-    matrices: Sequence[Matrix], gradients: Sequence[Tensor], cut: Callable[[Tensor, Matrix], Tensor]
-) -> list[torch.nn.Parameter]:
-    def parameters() -> Iterator[torch.nn.Parameter]:
-        for matrix, gradient in zip(matrices, gradients, strict=True):
-            p = torch.nn.Parameter(cut(matrix.weight(), matrix))
-            p.grad = gradient
-            p.tensor_model_parallel, p.partition_dim, p.partition_stride = True, matrix.cut, 1  # type: ignore[attr-defined]
-            yield p
-
-    return list(parameters())
 
 
 def _megatron(group: ProcessGroup) -> tuple[Any, Any]:

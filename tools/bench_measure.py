@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor.debug import CommDebugMode
 
 from . import bench_cases as cases
-from .bench_cases import Candidate, Matrix
+from .bench_cases import Candidate, Matrix, Steps
+from .bench_whole_step import Other
 
 # Two layers hold both kinds of gradient for every shape.
 CHECKED_LAYERS = 2
@@ -28,6 +30,7 @@ class Result:
         wall: Seconds from a barrier until the last rank was done, for each step.
         error: Largest relative error, over matrices, of the first update against the unsharded one in float64.
         collectives: Number in one step.
+        adamw_error: As ``error``, of the parameters that are no matrices; None where there are none.
     """
 
     name: str
@@ -37,24 +40,31 @@ class Result:
     wall: list[float]
     error: float
     collectives: int
+    adamw_error: float | None = None
 
 
 def measure(
-    candidates: Sequence[Candidate], matrices: Sequence[Matrix], reps: int, group: ProcessGroup | None
+    candidates: Sequence[Candidate],
+    matrices: Sequence[Matrix],
+    reps: int,
+    group: ProcessGroup | None,
+    others: Sequence[Other] = (),
 ) -> list[Result]:
     """Step all candidates in turn, ``reps`` times after a first step that is checked.
 
     Args:
         matrices: Of the candidates' parameters.
         group: The ranks that share the matrices; None for one process.
+        others: Of their other parameters.
     """
     single = group is None
     polynomial = (cases.SINGLE_SET, cases.SINGLE_SCALE) if single else (cases.TP_SET, cases.TP_SCALE)
     collectives = [count_collectives(candidate.optimizer) for candidate in candidates]
     errors = first_errors(candidates, matrices[: 4 * CHECKED_LAYERS], polynomial, group)
+    adamw: list[float] | list[None] = adamw_errors(candidates, others, group) if others else [None] * len(candidates)
     results = [
-        Result(c.name, c.exact, c.ours, [], [], error, count)
-        for c, error, count in zip(candidates, errors, collectives, strict=True)
+        Result(c.name, c.exact, c.ours, [], [], error, count, adamw_error)
+        for c, error, count, adamw_error in zip(candidates, errors, collectives, adamw, strict=True)
     ]
     for rep in range(reps):
         for i in range(len(candidates)):
@@ -66,14 +76,14 @@ def measure(
     return results
 
 
-def count_collectives(optimizer: torch.optim.Optimizer) -> int:
+def count_collectives(optimizer: Steps) -> int:
     """Collectives that this rank takes part in during one step, which is taken."""
     with CommDebugMode() as communication:
         optimizer.step()
     return int(communication.get_total_counts())
 
 
-def timed_step(optimizer: torch.optim.Optimizer, group: ProcessGroup | None) -> tuple[float, float]:
+def timed_step(optimizer: Steps, group: ProcessGroup | None) -> tuple[float, float]:
     """CPU seconds and wall seconds of one step, each of the rank where it is largest."""
     if group is not None:
         dist.barrier(group)
@@ -98,12 +108,26 @@ def first_errors(
             whole = cases.first_update(matrix, *polynomial)
         if group is not None:
             dist.broadcast(whole, group=group, group_src=source)
-        expected = cases.shard(whole, matrix, group)
-        before = cases.shard(matrix.weight(), matrix, group).double() * (1 - cases.LR * cases.DECAY)
+        expected = cases.shard(whole, matrix.cut, group)
+        before = cases.shard(matrix.weight(), matrix.cut, group).double() * (1 - cases.LR * cases.DECAY)
         for k, candidate in enumerate(candidates):
-            update = (before - candidate.params[i].detach().double()) / cases.LR
-            squares = torch.stack([(update - expected).square().sum(), expected.square().sum()])
-            if group is not None:
-                dist.all_reduce(squares, group=group)
-            errors[k] = max(errors[k], float((squares[0] / squares[1]).sqrt()))
+            errors[k] = max(errors[k], _error(before - candidate.params[i].detach(), expected, group))
     return errors
+
+
+def adamw_errors(candidates: Sequence[Candidate], others: Sequence[Other], group: ProcessGroup | None) -> list[float]:
+    """As :func:`first_errors`, of the parameters that AdamW updates."""
+    errors = [0.0] * len(candidates)
+    for i, other in enumerate(others):
+        expected = cases.shard(other.first_update(), other.cut, group)
+        before = cases.shard(other.weight(), other.cut, group).double() * (1 - cases.LR * other.decay)
+        for k, candidate in enumerate(candidates):
+            errors[k] = max(errors[k], _error(before - candidate.adamw_params[i].detach(), expected, group))
+    return errors
+
+
+def _error(change: Tensor, expected: Tensor, group: ProcessGroup | None) -> float:
+    squares = torch.stack([(change / cases.LR - expected).square().sum(), expected.square().sum()])
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    return float((squares[0] / squares[1]).sqrt())
