@@ -17,7 +17,6 @@ from torch.distributed import ProcessGroup
 
 from .exchange import exchange
 from .layout import Deal, Move, Reduce, Request, Rule
-from .process_groups_config import Domain
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -38,7 +37,7 @@ class Work(NamedTuple):
         label: The parameter's name.
         rule: Not started yet.
         cost: Relative work; the dearest goes first.
-        entries: Of the largest whole tensor that one rank gets; 0 keeps the rule out of waves.
+        entries: Of the largest tensor that the rule brings to one rank; 0 keeps it out of waves.
     """
 
     label: str
@@ -88,7 +87,7 @@ class Run:
         self._loads: dict[tuple[int, ...], list[float]] = {}
         self._active: list[_Wave] = []
         self._forming: list[_Task] = []
-        self._taken: dict[tuple[Domain, int], int] = {}
+        self._taken: dict[Hashable, int] = {}
 
     @property
     def begun(self) -> bool:
@@ -154,7 +153,8 @@ class Run:
 
     def _turn(self, fresh: "_Wave | None") -> None:
         """Work on the newest wave that has arrived while ``fresh`` and the older ones travel."""
-        for wave in reversed(self._active):
+        # Where entries take four bytes, the older ones are taken in first instead: their buffers would be too much.
+        for wave in self._active if any(wave.heavy for wave in self._active) else reversed(self._active):
             wave.receive()
         for wave in self._active:
             wave.send()
@@ -223,6 +223,7 @@ class _Wave:
     def __init__(self, check: bool, tasks: list[_Task]) -> None:
         self._check = check
         self._tasks = tasks
+        self.heavy = any(isinstance(p.request, Move) and p.request.dtype.itemsize > 2 for t in tasks for p in t.pending)
         self._flying: list[Callable[[], None]] = []
         self.send()
 
@@ -276,15 +277,15 @@ def _finish(wave: _Wave) -> None:
         wave.send()
 
 
-def _entries(task: _Task) -> dict[tuple[Domain, int], int]:
-    """What ``task`` brings to each rank of its domains in the round that it waits for."""
-    brings: dict[tuple[Domain, int], int] = {}
+def _entries(task: _Task) -> dict[Hashable, int]:
+    """What ``task`` brings to each rank of its domains in the round that it waits for; what it says, when nothing moves."""
+    brings: dict[Hashable, int] = {}
     for request in (pending.request for pending in task.pending):
         if isinstance(request, Move):
             for rank, n in enumerate(request.dst.entries):
                 key = request.dst.domain, rank
                 brings[key] = brings.get(key, 0) + n * request.batch
-    return brings
+    return brings or {None: task.work.entries}
 
 
 def _wave_limit(largest: int, started: _Task) -> int:

@@ -1,5 +1,6 @@
 """How the shards of a matrix come together for a rule that needs the whole of it: the tensor-parallel modes."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def on_matrix(fn: MatrixRule, x: Tensor | Deferred, lay: Layout, mode: Mode, cos
         Laid out as ``x``.
     """
     if isinstance(x, Deferred):
-        if travels(lay, mode) and x.shape[0] == 1 and not lay.parts:
+        if mode == "owner" and travels(lay, mode) and x.shape[0] == 1 and not lay.parts:
             return (yield _owner(fn, x, lay, cost))
         x = x.form()
     run = _MODES[mode]
@@ -61,8 +62,10 @@ def on_matrix(fn: MatrixRule, x: Tensor | Deferred, lay: Layout, mode: Mode, cos
 
 
 def travels(lay: Layout, mode: Mode) -> bool:
-    """Whether whole matrices go from rank to rank, in waves."""
-    return mode == "owner" and lay.domain is not None and lay.domain.size > 1
+    """Whether ranks send each other something for the matrices of ``lay``, in waves."""
+    if mode == "owner":
+        return lay.domain is not None and lay.domain.size > 1
+    return mode != "blockwise" and not lay.is_whole
 
 
 def _blockwise(fn: MatrixRule, x: Tensor, lay: Layout, cost: Any) -> Rule:
@@ -101,12 +104,12 @@ def _owner(fn: MatrixRule, x: Tensor | Deferred, lay: Layout, cost: Callable[[in
     del x, shards
     mine = [whole for whole in wholes if whole is not None]
     wholes.clear()
-    stack = _cat(mine) if mine else None
+    rule = fn(_cat(mine), lay.at_owner) if mine else None
     mine.clear()
-    results = iter(() if stack is None else (yield fn(stack, lay.at_owner)).split(1))
-    stack = None
+    results = deque(() if rule is None else (yield rule).split(1))
+    del rule
     back = yield [
-        Move(next(results) if owner == me else None, 1, lay.owners[owner], lay.placement, dtype, device)
+        Move(results.popleft() if owner == me else None, 1, lay.owners[owner], lay.placement, dtype, device)
         for owner in owners
     ]
     return _cat(back)

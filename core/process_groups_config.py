@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-
 TEAM = "team"
 """Name of the axis along which a team of owners cuts a matrix."""
 

@@ -21,15 +21,15 @@ LAYERS = (
     {"process_groups_config", "ranges", "schedule"},
     {"layout"},
     {"exchange", "kernels", "linalg", "on_matrix", "placements", "random"},
-    {"engine", "precision"},
-    {"state"},
+    {"cost_model", "engine", "precision"},
+    {"auto_mode", "machine", "state"},
     {"optimizer"},
     {"checkpoint", "megatron"},
 )
 LAYER = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 
-# Group set-up asks who is in which group, and a checkpoint is agreed on; everything else goes through the engine.
-MAY_COMMUNICATE = {"engine", "exchange", "process_groups_config", "checkpoint"}
+# Group set-up asks who is in which group, links are measured, and a checkpoint is agreed on; everything else goes through the engine.
+MAY_COMMUNICATE = {"engine", "exchange", "machine", "process_groups_config", "checkpoint"}
 COMMUNICATION = re.compile(
     r"torch\.distributed\.(distributed_c10d\.)?"
     r"(all_|reduce|broadcast|gather|scatter|send|recv|isend|irecv|barrier|monitored_barrier|batch_isend_irecv"

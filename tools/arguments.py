@@ -25,7 +25,7 @@ from .parallel import SCHEDULES
 from .usage import UsageError, nearest
 from .yaml_file import read_yaml
 
-TP_MODES = ("blockwise", "duplicated", "distributed", "owner")
+TP_MODES = ("blockwise", "duplicated", "distributed", "owner", "auto")
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
 
 

@@ -1,10 +1,6 @@
-"""Newton-Schulz orthogonalization of whole and of sharded matrices.
+"""Newton-Schulz orthogonalization of whole and of sharded matrices."""
 
-Both forms evaluate the same polynomial. *Classic* iterates on X; *Gram* iterates on R = X X^T, m × m for m ≤ n, and
-multiplies X once: fewer operations on wide matrices, and on shards one reduction of R instead of one per iteration.
-"""
-
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from functools import partial
 from typing import Any
 
@@ -13,16 +9,15 @@ from emerging_optimizers.orthogonalized_optimizers.muon_utils import _COEFFICIEN
 from torch import Tensor
 
 from ..layout import Layout
+from .iteration import EPS, iterate
 from .precision import matmul_precision
-from .products import is_large, product, symmetric_product
+from .products import is_large
+from .variants import NARROW, Coefficients, Variant, variant_for
 
-Coefficients = Sequence[tuple[float, float, float]]
+__all__ = ["EPS", "Coefficients", "coefficients", "flops", "newton_schulz"]
 
-EPS = 1e-15
-"""Smallest norm that is divided by: a zero matrix stays zero, anything that float32 can square is normalised."""
-
-SMALL = 2**17
-"""Entries of a bfloat16 matrix up to which CPU is quicker at a float32 iteration than at compiling kernels for its norm."""
+FEW = 16
+"""Rows up to which torch takes one kernel or another for 16-bit products on CPU by how many matrices are stacked."""
 
 
 def coefficients(coefficient_type: str, steps: int) -> Coefficients:
@@ -41,53 +36,64 @@ def coefficients(coefficient_type: str, steps: int) -> Coefficients:
 
 
 def newton_schulz(
-    x: Tensor, lay: Layout, *, coefs: Coefficients, precision: str, scale: float = 1.0, eps: float = 0.0
+    x: Tensor,
+    lay: Layout,
+    *,
+    coefs: Coefficients,
+    precision: str,
+    scale: float = 1.0,
+    eps: float = 0.0,
+    variant: Variant | None = None,
 ) -> Generator[Any, Any, Tensor]:
     """``scale`` times the orthogonalization of each whole matrix.
 
+    A matrix of zeros gives zeros. X is divided by max(‖X‖ + ``eps``, :data:`EPS`): below that norm the result shrinks with X, to
+    zero in float16. A NaN, an infinity or a norm above 1.8e19 (in float64 1.3e154) makes that whole matrix NaN, and no other
+    of the stack.
+
     Args:
-        x: (B, m, n), this rank's shards; bfloat16, float32 or float64.
+        x: (B, m, n), this rank's shards; bfloat16, float32 or float64. Not changed.
         lay: Their layout; the shorter dim of the whole matrix must not be split.
         coefs: Polynomial of each iteration.
         precision: Arithmetic of float32 products: ``highest``, ``high`` or ``medium`` (:mod:`.precision`).
         scale: Factor of the result.
         eps: Added to the Frobenius norm that the matrix is divided by at first.
+        variant: How to evaluate it; default :func:`.variants.variant_for`.
 
     Returns:
         Laid out as ``x``, in its dtype.
 
+    Raises:
+        ValueError: for a 16-bit ``variant`` on shards, or one whose restarts do not fit ``coefs``.
+
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
-    long = lay.long_dim
-    if lay.is_whole and len(x) > 1 and is_large(x if long == -1 else x.mT):
-        alone = [newton_schulz(one, lay, coefs=coefs, precision=precision, scale=scale, eps=eps) for one in x.split(1)]
-        return torch.cat((yield alone))
-    arithmetic = partial(matmul_precision, precision, x.device)
-    if lay.is_whole and (x.dtype == torch.bfloat16 or max(lay.shape) < 1.25 * min(lay.shape)):
-        with arithmetic():
-            return (
-                _classic(x, coefs, scale, eps)
-                if long == -1
-                else _transposed(_classic(_transposed(x), coefs, scale, eps))
-            )
-    # Never a bfloat16 Gram: its rounding is multiplied by a^2 in every iteration and overflows.
-    wide = x if x.dtype == torch.float64 else x.float()
-    inv = wide.new_ones(())
-    for first, steps in _groups(coefs):
-        with arithmetic():
-            wide_first = wide if long == -1 else wide.mT
-            gram = symmetric_product(wide_first, wide_first.mT)
-        r = yield lay.across(gram, long)
-        if first:
-            # The trace of the Gram matrix is the squared Frobenius norm.
-            inv = r.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].sqrt().add(eps).clamp_min(EPS).reciprocal()
-            r = r * inv.square()
-        with arithmetic():
-            q = _gram_polynomial(r, steps)
-            if first:
-                q = q * inv
-            wide = q @ wide if long == -1 else wide @ q
-    return (wide * scale if scale != 1.0 else wide).to(x.dtype)
+    if variant is None:
+        variant = variant_for(lay.shape, x.dtype, precision, x.device, coefs, whole=lay.is_whole)
+    elif variant.dtype in NARROW and not lay.is_whole:
+        raise ValueError(f"shards ({lay.describe()}) need a float32 or float64 variant, got {variant}.")
+    if lay.is_whole and not x.numel():
+        return torch.zeros_like(x)
+    wide = lay.long_dim == -1
+    large = is_large(x if wide else x.mT)
+    if lay.is_whole and len(x) > 1 and (large or (x.is_cpu and variant.dtype in NARROW and min(lay.shape) <= FEW)):
+        settings: dict[str, Any] = {"precision": precision, "scale": scale, "eps": eps, "variant": variant}
+        return torch.cat((yield [newton_schulz(one, lay, coefs=coefs, **settings) for one in x.split(1)]))
+    # Products of 16-bit and of small matrices are slow on a transposed view.
+    turn = lay.is_whole and not wide and x.is_cpu and (variant.dtype in NARROW or not large)
+    given = _transposed(x) if turn else x
+    alone = large and len(x) == 1
+    steps = iterate(
+        given[0] if alone else given,
+        variant.groups(coefs),
+        variant.dtype,
+        wide=wide or turn,
+        scale=scale,
+        eps=eps,
+    )
+    out = yield from _driven(steps, lay, partial(matmul_precision, precision, x.device))
+    out = out[None] if alone else out
+    return _transposed(out) if turn else out
 
 
 def flops(m: int, n: int) -> float:
@@ -96,55 +102,22 @@ def flops(m: int, n: int) -> float:
     return 6.0 * m * m * n + 14.0 * m**3
 
 
-def _classic(x: Tensor, coefs: Coefficients, scale: float, eps: float) -> Tensor:
-    """(B, m, n) with m ≤ n, in the dtype of ``x``."""
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.promote_types(x.dtype, torch.float32))
-    # The norm goes into the first iteration's factors: dividing x by it would round every entry once more. One matrix
-    # at a time, because the factors are numbers.
-    # oneDNN compiles a bfloat16 product anew for each value of a factor; float32 products are not compiled.
-    small = x.device.type == "cpu" and x[0].numel() <= SMALL
-    wide = x.to(norms.dtype) if small else x
-    first = [
-        _step(wide[i : i + 1], coefs[0], 1 / norm, scale if len(coefs) == 1 else 1.0)
-        for i, norm in enumerate(norms.add(eps).clamp_min(EPS).tolist())
-    ]
-    x = (torch.cat(first) if len(first) > 1 else first[0]).to(x.dtype)
-    for i, abc in enumerate(coefs[1:], 2):
-        x = _step(x, abc, 1.0, scale if i == len(coefs) else 1.0)
-    return x
-
-
-def _step(x: Tensor, abc: tuple[float, float, float], inv: float, scale: float) -> Tensor:
-    a, b, c = abc
-    gram = symmetric_product(x, x.mT, alpha=inv * inv)
-    poly = symmetric_product(gram, gram, gram, beta=b, alpha=c)
-    return product(poly, x, x, beta=a * inv * scale, alpha=inv * scale)
+def _driven(steps: Generator[Tensor, Tensor, Tensor], lay: Layout, arithmetic: Any) -> Generator[Any, Any, Tensor]:
+    """The result of ``steps``, which is sent what it yields, summed over the ranks that split the matrix."""
+    total: Any = None
+    while True:
+        # Not held while other rules run: torch's setting is global.
+        with arithmetic():
+            try:
+                total = steps.send(total)
+                while lay.is_whole:
+                    total = steps.send(total)
+            except StopIteration as end:
+                out: Tensor = end.value
+                return out
+        total = yield lay.across(total, lay.long_dim)
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """(B, n, m), contiguous: products are slow on a transposed view, and torch copies one matrix faster than a stack."""
+    """(B, n, m), contiguous; torch copies one matrix faster than a stack."""
     return torch.stack([matrix.mT.contiguous() for matrix in x]) if len(x) > 1 else x[0].mT.contiguous()[None]
-
-
-def _groups(coefs: Coefficients) -> list[tuple[bool, Coefficients]]:
-    """Iterations between restarts, which form R anew from X: R knows singular values only down to sqrt(eps)."""
-    count = -(-2 * len(coefs) // 7)
-    starts = [-(-i * len(coefs) // count) for i in range(count)]
-    return [(i == 0, coefs[i:j]) for i, j in zip(starts, [*starts[1:], len(coefs)], strict=True)]
-
-
-def _gram_polynomial(r: Tensor, coefs: Coefficients) -> Tensor:
-    """Q with Q X = the iterations ``coefs`` applied to X, for R = X X^T. All factors are polynomials in R and commute."""
-    q: Tensor | None = None
-    for i, (a, b, c) in enumerate(coefs):
-        z = symmetric_product(r, r, r, beta=b, alpha=c)
-        if q is None:
-            q = z.clone()
-            q.diagonal(dim1=-2, dim2=-1).add_(a)
-        else:
-            q = symmetric_product(q, z, q, beta=a)
-        if i < len(coefs) - 1:
-            rz = symmetric_product(r, z, r, beta=a)
-            r = symmetric_product(rz, z, rz, beta=a)
-    assert q is not None
-    return q

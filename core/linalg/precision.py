@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 
 import torch
+
+# Of two threads that overlap, the second would take the first one's setting for the user's, and put that back.
+_LOCK = RLock()
 
 
 def compute_dtype(dtype: torch.dtype, fp32_matmul_prec: str) -> torch.dtype:
@@ -21,24 +25,36 @@ def compute_dtype(dtype: torch.dtype, fp32_matmul_prec: str) -> torch.dtype:
 def matmul_precision(fp32_matmul_prec: str, device: torch.device) -> Iterator[None]:
     """Set the arithmetic of float32 products for a scope; torch's setting is global, so it is restored afterwards.
 
-    On CPU float32 products stay float32: the flag only picks the library that is faster (:func:`_fast_cpu_setting`).
+    On CPU float32 products stay float32: the flag only picks the library that is faster (:func:`_fast_cpu_setting`). One
+    thread is in such a scope at a time; what others compute meanwhile, outside of one, goes by the same setting.
+
+    Args:
+        fp32_matmul_prec: ``highest``: float32. ``high``: tf32 where the device has it. ``medium``: as ``high``, for the float32
+            products beside bfloat16 matrices.
+        device: Where the products are.
+
+    Raises:
+        RuntimeError: when torch's newer settings by backend are in use, which cannot be put back.
     """
+    # A step inside autocast must not be rounded by it.
+    with _LOCK, torch.autocast(device.type, enabled=False):
+        before = _setting()
+        wanted = "high" if fp32_matmul_prec == "medium" else fp32_matmul_prec
+        torch.set_float32_matmul_precision(_fast_cpu_setting() if device.type == "cpu" else wanted)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _setting() -> str:
     try:
-        before = torch.get_float32_matmul_precision()
+        return torch.get_float32_matmul_precision()
     except RuntimeError as error:
         raise RuntimeError(
             "torch.backends.*.fp32_precision was set, which hides torch.get_float32_matmul_precision; set the precision by "
             "torch.set_float32_matmul_precision instead."
         ) from error
-    # "medium" means bfloat16 matrices; the few float32 products beside them may use tf32, which is more exact.
-    wanted = "high" if fp32_matmul_prec == "medium" else fp32_matmul_prec
-    torch.set_float32_matmul_precision(_fast_cpu_setting() if device.type == "cpu" else wanted)
-    try:
-        # A step inside autocast must not be rounded by it.
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @cache

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import engine
@@ -101,7 +102,7 @@ class ChainedOptimizer(Optimizer):
         """What happens to each parameter of this rank, for tables."""
         where = {id(p): (name, lay) for name, p, lay in self.entries()}
         return [
-            Assignment(where[id(p)][0], optimizer, where[id(p)][1].shape, where[id(p)][1].describe(), _mode(member))
+            Assignment(where[id(p)][0], optimizer, where[id(p)][1].shape, where[id(p)][1].describe(), _mode(member, p))
             for optimizer, member in self.members.items()
             for group in member.param_groups
             for p in group["params"]
@@ -151,5 +152,5 @@ def finish_step(members: Sequence[Any], run: engine.Run) -> None:
             member.step()
 
 
-def _mode(member: Optimizer) -> str:
-    return member.mode() if isinstance(member, ShardedStep) else "as it is"
+def _mode(member: Optimizer, p: Tensor) -> str:
+    return member.mode_of(p) if isinstance(member, ShardedStep) else "as it is"

@@ -18,6 +18,7 @@ from ..process_groups_config import ProcessGroupCollection
 from .adafactor import Adafactor, AdafactorSR
 from .adam import Adam, AdamW, RAdam
 from .adamw_sr import AdamWSR
+from .adaptive_muon import TensorParallelAdaptiveMuon
 from .ademamix import AdEMAMix
 from .bge_adam import BGEAdam
 from .came import Came
@@ -28,7 +29,7 @@ from .kronecker import Shampoo, Soap
 from .low_rank import Apollo, ApolloMini
 from .mars import Mars
 from .micro_adam import MicroAdam
-from .muon import TensorParallelAdaptiveMuon, TensorParallelMuon
+from .muon import TensorParallelMuon
 from .muon_optax import OptaxMuon
 from .optimizer_config import OptimizerConfig, ParamKey, ParamPredicate, unknown
 from .psgd import Quad, Skew

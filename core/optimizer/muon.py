@@ -1,6 +1,7 @@
-"""Muon and adaptive Muon for tensor-parallel parameters, with Megatron-Core's names and arguments."""
+"""Muon for tensor-parallel parameters, with Megatron-Core's names and arguments."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -8,7 +9,6 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from emerging_optimizers.orthogonalized_optimizers import (
-    AdaptiveMuon,
     OrthogonalizedOptimizer,
     get_muon_scale_factor,
 )
@@ -16,18 +16,22 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import engine
-from ..layout import Layout, Mode, Rule
+from ..layout import Layout, Rule
+from ..linalg.autotune import Plan, plan_for
 from ..linalg.newton_schulz import coefficients, flops, newton_schulz
+from ..linalg.precision import compute_dtype
 from ..on_matrix import Deferred, travels
 from ..placements import layout_of, local
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
 from . import orthogonal
+from .auto import Choice, Rates, by_name, choices
 from .blocks import row_blocks
 from .buckets import RuleFunction
 from .checks import choice, fraction, non_negative
 from .sharded_optimizer import ShardedStep
 
+TensorParallelMode = Literal["blockwise", "duplicated", "distributed", "owner", "auto"]
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
 PRECISIONS = ("highest", "high", "medium")
 
@@ -55,7 +59,12 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         scale_mode: ``shape_scaling``, ``spectral`` or ``unit_rms_norm``.
         extra_scale_factor: Another factor of the update.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
-        tp_mode: How shards come together (:func:`core.on_matrix.on_matrix`); all but ``blockwise`` are exact.
+        tp_mode: How shards come together (:func:`core.on_matrix.on_matrix`); all but ``blockwise`` are exact. ``auto``: for each
+            matrix the exact mode that is predicted to take the least time (:mod:`.auto`).
+        ns_plan: Which variant of Newton-Schulz whole matrices of a shape take (:mod:`core.linalg.variants`): ``static``: by rule;
+            ``tune``: the fastest of those that are as exact, measured once and cached; or the file of such a plan.
+        auto_rates: What ``auto`` predicts with: FLOP/s of products, bytes/s of memory, seconds of latency and bytes/s of the
+            link; None measures them once.
 
     Raises:
         ValueError: for an argument out of range, a parameter that is not 2-D, or a split that does not fit.
@@ -86,7 +95,10 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         scale_mode: str = "spectral",
         extra_scale_factor: float = 1.0,
         pg_collection: ProcessGroupCollection | None = None,
-        tp_mode: Literal["blockwise", "duplicated", "distributed", "owner"] = "duplicated",
+        tp_mode: TensorParallelMode = "duplicated",
+        *,
+        ns_plan: str = "static",
+        auto_rates: Rates | None = None,
     ) -> None:
         if num_ns_steps < 1:
             raise ValueError(f"num_ns_steps must be at least 1, got {num_ns_steps}")
@@ -95,14 +107,23 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         non_negative("weight_decay", weight_decay)
         choice("fp32_matmul_prec", fp32_matmul_prec, PRECISIONS)
         choice("scale_mode", scale_mode, SCALE_MODES)
-        choice("tp_mode", tp_mode, get_args(Mode))
-        self.tp_mode: Mode = tp_mode
+        choice("tp_mode", tp_mode, get_args(TensorParallelMode))
+        if auto_rates is not None and (len(auto_rates) != 4 or not all(rate > 0 for rate in auto_rates)):
+            raise ValueError(
+                f"auto_rates={auto_rates} must be four positive numbers: FLOP/s of products, bytes/s of memory, seconds of "
+                f"latency and bytes/s of the link."
+            )
+        self.tp_mode: TensorParallelMode = tp_mode
+        self.auto_rates = auto_rates
+        self.ns_plan = ns_plan
+        self._plan: Plan | None = None
         self.split_qkv = split_qkv
         self.is_qkv_fn = is_qkv_fn or (lambda p: bool(getattr(p, "is_qkv", False)))
         self.qkv_split_shapes = qkv_split_shapes
         self.pg_collection = pg_collection
         self.scale_mode = scale_mode
         self.extra_scale_factor = extra_scale_factor
+        self._chosen: dict[Layout, Choice] = {}
         self.coefficient_type = coefficient_type
         self.num_ns_steps = num_ns_steps
         # Not the optimizer itself: a cycle would keep all state alive until the garbage collector comes by.
@@ -142,8 +163,8 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         lay = layout_of(p, self._groups, part_sizes=self._part_sizes(p), name=self._name(p))
         if self.tp_mode == "blockwise":
             return lay.block
-        axes = (*lay.axes, *lay.copies) if self.tp_mode == "owner" else lay.axes
-        return replace(lay, domain=self._groups.domain(tuple(sorted(axes, key=lambda axis: axis.name))))
+        axes = (*lay.axes, *lay.copies) if self.tp_mode in ("owner", "auto") else lay.axes
+        return replace(lay, domain=self._groups.domain(by_name(axes)))
 
     def state_layouts(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Layout | None]:
         """As in the base class; in ``blockwise`` mode only what follows the parameter elementwise has a place in the whole."""
@@ -153,9 +174,9 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         specs = self.state_specs(group, self.layout(p))
         return {name: spec.layout(whole) if spec.dims == "*" else None for name, spec in specs.items()}
 
-    def mode(self) -> str:
-        """The tensor-parallel mode."""
-        return self.tp_mode
+    def mode_of(self, p: Tensor) -> str:
+        """The tensor-parallel mode; of ``auto``, what it chose and predicts. All ranks must ask in the same order."""
+        return self._choice(self.layout(p)).label
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``momentum_buffer``, like the parameter."""
@@ -163,10 +184,15 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
 
     def traffic(self, layout: Layout) -> tuple[float, int]:
         """As in the base class: the dearest of the parts, and the largest."""
-        if not travels(layout, self.tp_mode):
+        choice = self._choice(layout)
+        if not travels(choice.layout, choice.mode):
             return 0.0, 0
-        shapes = [part.shape for part in layout.part_layouts]
-        return max(flops(*shape) for shape in shapes), max(prod(shape) for shape in shapes)
+        parts = layout.part_layouts
+        entries = max(prod(part.shape) for part in parts)
+        if choice.mode == "distributed":
+            ranks = prod(axis.size for axis in layout.axes)
+            entries = max(prod(part.shape) // ranks + min(part.shape) ** 2 for part in parts)
+        return max(flops(*part.shape) for part in parts), entries
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
         """Momentum, then orthogonalization."""
@@ -189,9 +215,44 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         def fn(x: Tensor, matrix: Layout) -> Rule:
             scale = self._scale(*matrix.shape) if scaled else 1.0
             precision = self.fp32_matmul_prec
-            return newton_schulz(x, matrix, coefs=self._coefs, precision=precision, scale=scale, eps=self._norm_eps)
+            variant = self._plan.get((matrix.shape[0], matrix.shape[1])) if self._plan and matrix.is_whole else None
+            return newton_schulz(
+                x, matrix, coefs=self._coefs, precision=precision, scale=scale, eps=self._norm_eps, variant=variant
+            )
 
-        return orthogonal.orthogonal(u, lay, fn, mode=self.tp_mode, precision=self.fp32_matmul_prec)
+        choice = self._choice(lay)
+        return orthogonal.orthogonal(u, choice.layout, fn, mode=choice.mode, precision=self.fp32_matmul_prec)
+
+    def _choice(self, lay: Layout) -> Choice:
+        """How matrices of ``lay`` come together. All ranks that share parameters ask in the same order."""
+        if self.ns_plan != "static" and self._plan is None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            self._plan = plan_for(
+                self.ns_plan,
+                [part.shape for p in params for part in self.layout(p).part_layouts],
+                dtype=self._travels_in(params[0]),
+                precision=self.fp32_matmul_prec,
+                device=local(params[0]).device,
+                coefs=self._coefs,
+                agree=self._agree,
+            )
+        if self.tp_mode != "auto":
+            return Choice(self.tp_mode, lay, self.tp_mode)
+        if lay not in self._chosen:
+            # All that are here together, because owners share the work of all.
+            params = [p for group in self.param_groups for p in group["params"]]
+            counts = Counter(self.layout(p) for p in params)
+            counts.setdefault(lay, 1)
+            self._chosen = choices(
+                counts,
+                self._groups,
+                device=local(params[0]).device,
+                dtype=self._travels_in(params[0]),
+                precision=self.fp32_matmul_prec,
+                iterations=self.num_ns_steps,
+                given=self.auto_rates,
+            )
+        return self._chosen[lay]
 
     def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
         lr, decay = float(group["lr"]), group["weight_decay"] if self.weight_decay_method == "decoupled" else 0
@@ -203,6 +264,23 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
             self.pre_weight_update_fn_inplace(q, u)
             q.add_(u, alpha=-lr)
         self.post_weight_update_fn_inplace(p)
+
+    def _agree(self, make: Callable[[], Plan]) -> Plan:
+        """What ``make`` returns on one rank, on all that share parameters; or its error."""
+        domain = self._groups.domain(by_name((self._groups.axis("tp"), self._groups.axis("dp"))))
+        made: Any = None
+        if domain.index == 0:
+            try:
+                made = make()
+            except ValueError as error:
+                made = error
+        made = self._groups.gather(domain, made)[0]
+        if isinstance(made, ValueError):
+            raise made
+        return cast(Plan, made)
+
+    def _travels_in(self, p: Tensor) -> torch.dtype:
+        return compute_dtype(torch.promote_types(p.dtype, torch.float32), self.fp32_matmul_prec)
 
     def _scale(self, rows: int, cols: int) -> float:
         return float(get_muon_scale_factor(rows, cols, mode=self.scale_mode) * self.extra_scale_factor)
@@ -224,100 +302,3 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         )
         out: Tensor = engine.run([("matrix", rule)])[0][0]
         return out.to(x.dtype)
-
-
-class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
-    """Muon with a second moment of the orthogonalized direction, whose statistics are those of the whole matrix.
-
-    As :class:`TensorParallelMuon`, and:
-
-    Args:
-        moment2_method: ``adamuon`` (elementwise), ``normuon`` (per index of the longer side) or ``namo`` (one number).
-        beta2: Decay of the second moment, in [0, 1).
-        eps: Added to, or smallest value of, what is divided by.
-
-    The second moment is of the unscaled direction, and the scale is applied once, after it.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 3e-4,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        weight_decay: float = 0.01,
-        use_decoupled_weight_decay: bool = True,
-        split_qkv: bool = False,
-        is_qkv_fn: Callable[[Tensor], bool] | None = None,
-        qkv_split_shapes: Sequence[int] | None = None,
-        fp32_matmul_prec: str = "medium",
-        coefficient_type: str = "quintic",
-        num_ns_steps: int = 5,
-        scale_mode: str = "spectral",
-        extra_scale_factor: float = 1.0,
-        pg_collection: ProcessGroupCollection | None = None,
-        tp_mode: Literal["blockwise", "duplicated", "distributed", "owner"] = "duplicated",
-        moment2_method: orthogonal.Moment2 = "adamuon",
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-    ) -> None:
-        choice("moment2_method", moment2_method, get_args(orthogonal.Moment2))
-        fraction("beta2", beta2)
-        non_negative("eps", eps)
-        if moment2_method == "namo" and not use_decoupled_weight_decay:
-            raise ValueError("moment2_method 'namo' needs the raw gradient; use decoupled weight decay with it.")
-        self.moment2_method = moment2_method
-        self._adaptive = {"beta2": beta2, "eps": eps}
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            nesterov,
-            weight_decay,
-            use_decoupled_weight_decay,
-            split_qkv,
-            is_qkv_fn,
-            qkv_split_shapes,
-            fp32_matmul_prec,
-            coefficient_type,
-            num_ns_steps,
-            scale_mode,
-            extra_scale_factor,
-            pg_collection,
-            tp_mode,
-        )
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; see :meth:`ShardedStep.step`."""
-        return ShardedStep.step(self, closure)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; ``beta2`` and ``eps`` may differ by group."""
-        self.defaults.update(self._adaptive)
-        super().add_param_group(param_group)
-
-    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
-        """``momentum_buffer`` like the parameter; ``moment2_buffer`` by method."""
-        return {
-            **super().state_specs(group, layout),
-            "moment2_buffer": orthogonal.moment2_spec(self.moment2_method, layout),
-        }
-
-    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """Momentum, orthogonalization, second moment, scale."""
-        return self._adaptive_muon
-
-    def _adaptive_muon(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
-        u = self._momentum(p, g, s, group)
-        if self.moment2_method == "namo":
-            formed = u.form()
-            # Asked here, while gradient and direction are at hand, and sent later, for not to delay the matrices.
-            norms = lay.norm(g.to(u.dtype)), lay.norm(formed)
-            o = (yield self._orthogonal(formed, lay, scaled=False)).to(u.dtype)
-            del formed
-            o = orthogonal.namo(o, s.moment2_buffer, *(yield norms), beta2=group["beta2"], eps=group["eps"])
-        else:
-            o = (yield self._orthogonal(u, lay, scaled=False)).to(u.dtype)
-            adapt = orthogonal.normuon if self.moment2_method == "normuon" else orthogonal.adamuon
-            o = yield adapt(o, s.moment2_buffer, lay, beta2=group["beta2"], eps=group["eps"])
-        return o * lay.per_part(self._scale, o)

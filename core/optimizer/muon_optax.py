@@ -1,7 +1,7 @@
 """Muon by optax's rule: bias-corrected momentum, and a step that may be scaled by how well it is aligned."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,11 @@ from torch.optim.optimizer import ParamsT
 from ..layout import Layout, Rule
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
+from .auto import Rates
 from .buckets import RuleFunction
 from .checks import non_negative
 from .moments import bias_correction
-from .muon import TensorParallelMuon
+from .muon import TensorParallelMode, TensorParallelMuon
 
 
 class OptaxMuon(TensorParallelMuon):
@@ -58,7 +59,10 @@ class OptaxMuon(TensorParallelMuon):
         num_ns_steps: int = 5,
         fp32_matmul_prec: str = "highest",
         pg_collection: ProcessGroupCollection | None = None,
-        tp_mode: Literal["blockwise", "duplicated", "distributed", "owner"] = "owner",
+        tp_mode: TensorParallelMode = "owner",
+        *,
+        ns_plan: str = "static",
+        auto_rates: Rates | None = None,
     ) -> None:
         non_negative("eps", eps)
         self.adaptive, self.eps, self._norm_eps = adaptive, eps, eps
@@ -74,6 +78,8 @@ class OptaxMuon(TensorParallelMuon):
             scale_mode="shape_scaling",
             pg_collection=pg_collection,
             tp_mode=tp_mode,
+            ns_plan=ns_plan,
+            auto_rates=auto_rates,
         )
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:

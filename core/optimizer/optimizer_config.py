@@ -92,7 +92,7 @@ class OptimizerConfig:
         muon_fp32_matmul_prec: ``medium`` (bfloat16), ``high`` or ``highest``.
         muon_coefficient_type: Set of Newton-Schulz coefficients.
         muon_num_ns_steps: Newton-Schulz iterations.
-        muon_tp_mode: ``owner``, ``distributed``, ``duplicated``, or ``blockwise``, which is not exact.
+        muon_tp_mode: ``owner``, ``distributed``, ``duplicated``, ``auto``, or ``blockwise``, which is not exact.
         muon_extra_scale_factor: Another factor of Muon's update.
         adaptive_muon_moment2_method: ``adamuon``, ``normuon`` or ``namo``.
         adaptive_muon_beta2: Decay of its second moment.

@@ -127,7 +127,7 @@ class ShardedStep:
             for name, spec in self.state_specs(group, lay).items()
         }
 
-    def mode(self) -> str:
+    def mode_of(self, p: Tensor) -> str:
         """How shards come together, for tables."""
         return "elementwise"
 

@@ -186,7 +186,7 @@ class WholeStep(ShardedStep):
         specs = self.whole_specs(unit.layout.shape, group)
         return {slot: spec.allocate(unit.home, like) for slot, spec in specs.items()}
 
-    def mode(self) -> str:
+    def mode_of(self, p: Tensor) -> str:
         """The tensor-parallel mode."""
         return self.tp_mode
 

@@ -1,0 +1,140 @@
+"""Measures what :mod:`.cost_model` must know of this machine: products, memory, and the link between ranks."""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from itertools import cycle
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from .cost_model import Link, Machine, step_traffic
+from .linalg.precision import matmul_precision
+from .linalg.products import product, symmetric_product
+from .linalg.work import iteration_work
+from .process_groups_config import Domain
+
+# By device; others need more, or starting a kernel is all that is measured.
+SIDE = {"cpu": 1024}
+"""Rows and columns of the matrix whose products are timed; elsewhere 4096."""
+
+ENTRIES = {"cpu": 2**20}
+"""Of a tensor that passes through memory, and of what a rank sends; elsewhere 2^24."""
+
+BLOCK = {"cpu": 2**17}
+"""Entries that pass through all operations of the step before the next ones do; elsewhere all of them."""
+
+REPS = 12
+"""Timed runs. Their median counts, not the shortest: ranks on one host disturb each other in a step, too."""
+
+Timed = Callable[[Callable[[], object]], float]
+
+
+@cache
+def measure(
+    domain: Domain,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    precision: str = "medium",
+    shape: tuple[int, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Machine:
+    """The rates of the slowest rank, equal on all of them. Measured once in a process for each set of arguments.
+
+    Args:
+        domain: Ranks whose link is measured; all of them must call. A single rank has no link: it takes no time.
+        device: Where the matrices are.
+        dtype: In which they travel.
+        precision: Arithmetic of float32 products: ``highest``, ``high`` or ``medium``.
+        shape: Of the matrix whose products are timed; :data:`SIDE` squared for None.
+        clock: In seconds. ``time.process_time`` tells what the processor does, also for more ranks than it has cores.
+    """
+
+    def timed(run: Callable[[], object]) -> float:
+        return _median(run, device, clock)
+
+    shape = shape or (SIDE.get(device.type, 4096),) * 2
+    memory = _memory(timed, dtype, device)
+    x = torch.zeros(shape, dtype=dtype, device=device)
+    turned = timed(lambda: x.mT.contiguous()) / (2 * x.nbytes)
+    rates = []
+    for kind in (dtype, torch.promote_types(dtype, torch.float32)):
+        with matmul_precision(precision, device):
+            rates.append(_products(timed, kind, device, shape, memory, turned))
+    times = torch.tensor([memory, turned, *rates, *_link(timed, domain, device)], dtype=torch.float64, device=device)
+    if domain.group is not None:
+        dist.all_reduce(times, dist.ReduceOp.MAX, group=domain.group)
+    memory, turned, flop, gram_flop, latency, byte = times.tolist()
+    return Machine(
+        flops=1 / flop,
+        memory=1 / memory,
+        link=Link(latency, 1 / byte if byte else float("inf")),
+        gram_flops=1 / gram_flop,
+        turned=1 / turned,
+        device=device.type,
+    )
+
+
+def _memory(timed: Timed, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of a byte in the elementwise passes of a step, with updates of ``dtype``."""
+    entries = ENTRIES.get(device.type, 2**24)
+    p, g, m = (torch.zeros(entries, device=device) for _ in range(3))
+
+    def step() -> None:
+        # New in every step, as there.
+        u = torch.empty(entries, dtype=dtype, device=device)
+        parts = (x.split(BLOCK.get(device.type, entries)) for x in (p, g, m, u))
+        for a, b, c, d in zip(*parts, strict=True):
+            d.copy_(b.lerp(c.lerp_(b, 0.5), 0.5))
+            a.add_(a, alpha=-0.1).add_(d, alpha=-0.1)
+
+    return timed(step) / (step_traffic(dtype.itemsize) * entries)
+
+
+def _products(
+    timed: Timed, dtype: torch.dtype, device: torch.device, shape: tuple[int, int], memory: float, turned: float
+) -> float:
+    """Seconds of an operation in an iteration's products, beside what passes through memory and what is mirrored."""
+    m, n = min(shape), max(shape)
+    # Several, so that none is still in the cache when its turn comes, as in a step.
+    xs = cycle(torch.linspace(-1, 1, 4 * m * n, device=device).sin().div(n).to(dtype).view(4, m, n))
+
+    def iterate() -> None:
+        x = next(xs)
+        gram = symmetric_product(x, x.mT)
+        poly = symmetric_product(gram, gram, gram)
+        product(poly, x, x)
+
+    operations, passed, mirrored = iteration_work(m, n, dtype, device.type)
+    spent = timed(iterate)
+    return max(spent - passed * memory - mirrored * turned, spent / 2) / operations
+
+
+def _link(timed: Timed, domain: Domain, device: torch.device) -> tuple[float, float]:
+    """Seconds of a collective that moves nothing, and of each byte that a rank receives."""
+    if domain.group is None:
+        return 0.0, 0.0
+    each = ENTRIES.get(device.type, 2**24) // domain.size
+    large = torch.zeros(domain.size * each, device=device)
+    received = torch.empty_like(large)
+
+    def swap(n: int) -> float:
+        return timed(lambda: dist.all_to_all_single(received[:n], large[:n], group=domain.group))
+
+    latency = swap(domain.size)
+    return latency, max(swap(len(large)) - latency, 0.0) / (4 * each * (domain.size - 1))
+
+
+def _median(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    """Seconds of a run, after one that is not timed."""
+    spent = []
+    for _ in range(REPS + 1):
+        began = clock()
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        spent.append(clock() - began)
+    # A clock may be too coarse for what is quick.
+    return max(median(spent[1:]), 1e-9)

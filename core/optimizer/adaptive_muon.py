@@ -1,0 +1,120 @@
+"""Muon with a second moment, for tensor-parallel parameters, with Megatron-Core's names and arguments."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..layout import Layout, Rule
+from ..process_groups_config import ProcessGroupCollection
+from ..state import StateSpec
+from . import orthogonal
+from .auto import Rates
+from .buckets import RuleFunction
+from .checks import choice, fraction, non_negative
+from .muon import TensorParallelMode, TensorParallelMuon
+from .sharded_optimizer import ShardedStep
+
+
+class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
+    """Muon with a second moment of the orthogonalized direction, whose statistics are those of the whole matrix.
+
+    As :class:`TensorParallelMuon`, and:
+
+    Args:
+        moment2_method: ``adamuon`` (elementwise), ``normuon`` (per index of the longer side) or ``namo`` (one number).
+        beta2: Decay of the second moment, in [0, 1).
+        eps: Added to, or smallest value of, what is divided by.
+
+    The second moment is of the unscaled direction, and the scale is applied once, after it.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-4,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.01,
+        use_decoupled_weight_decay: bool = True,
+        split_qkv: bool = False,
+        is_qkv_fn: Callable[[Tensor], bool] | None = None,
+        qkv_split_shapes: Sequence[int] | None = None,
+        fp32_matmul_prec: str = "medium",
+        coefficient_type: str = "quintic",
+        num_ns_steps: int = 5,
+        scale_mode: str = "spectral",
+        extra_scale_factor: float = 1.0,
+        pg_collection: ProcessGroupCollection | None = None,
+        tp_mode: TensorParallelMode = "duplicated",
+        moment2_method: orthogonal.Moment2 = "adamuon",
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        *,
+        ns_plan: str = "static",
+        auto_rates: Rates | None = None,
+    ) -> None:
+        choice("moment2_method", moment2_method, get_args(orthogonal.Moment2))
+        fraction("beta2", beta2)
+        non_negative("eps", eps)
+        if moment2_method == "namo" and not use_decoupled_weight_decay:
+            raise ValueError("moment2_method 'namo' needs the raw gradient; use decoupled weight decay with it.")
+        self.moment2_method = moment2_method
+        self._adaptive = {"beta2": beta2, "eps": eps}
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            nesterov,
+            weight_decay,
+            use_decoupled_weight_decay,
+            split_qkv,
+            is_qkv_fn,
+            qkv_split_shapes,
+            fp32_matmul_prec,
+            coefficient_type,
+            num_ns_steps,
+            scale_mode,
+            extra_scale_factor,
+            pg_collection,
+            tp_mode,
+            ns_plan=ns_plan,
+            auto_rates=auto_rates,
+        )
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; see :meth:`ShardedStep.step`."""
+        return ShardedStep.step(self, closure)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; ``beta2`` and ``eps`` may differ by group."""
+        self.defaults.update(self._adaptive)
+        super().add_param_group(param_group)
+
+    def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
+        """``momentum_buffer`` like the parameter; ``moment2_buffer`` by method."""
+        return {
+            **super().state_specs(group, layout),
+            "moment2_buffer": orthogonal.moment2_spec(self.moment2_method, layout),
+        }
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """Momentum, orthogonalization, second moment, scale."""
+        return self._adaptive_muon
+
+    def _adaptive_muon(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
+        u = self._momentum(p, g, s, group)
+        if self.moment2_method == "namo":
+            formed = u.form()
+            # Asked here, while gradient and direction are at hand, and sent later, for not to delay the matrices.
+            norms = lay.norm(g.to(u.dtype)), lay.norm(formed)
+            o = (yield self._orthogonal(formed, lay, scaled=False)).to(u.dtype)
+            del formed
+            o = orthogonal.namo(o, s.moment2_buffer, *(yield norms), beta2=group["beta2"], eps=group["eps"])
+        else:
+            o = (yield self._orthogonal(u, lay, scaled=False)).to(u.dtype)
+            adapt = orthogonal.normuon if self.moment2_method == "normuon" else orthogonal.adamuon
+            o = yield adapt(o, s.moment2_buffer, lay, beta2=group["beta2"], eps=group["eps"])
+        return o * lay.per_part(self._scale, o)

@@ -1,0 +1,121 @@
+"""Picks a tensor-parallel mode for every matrix, by what :mod:`core.cost_model` predicts on this machine."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from .. import machine
+from ..auto_mode import choose
+from ..cost_model import CostMode, Link, Machine, Matrices, team_size
+from ..layout import Layout, Mode
+from ..process_groups_config import Axis, Domain, ProcessGroupCollection
+
+Rates = tuple[float, float, float, float]
+"""FLOP/s of products, bytes/s of memory, seconds of latency and bytes/s of the link between ranks."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the matrices of one layout come together.
+
+    Attributes:
+        mode: The tensor-parallel mode.
+        layout: The layout with the ranks that the mode works with.
+        label: The mode and its predicted time, for tables.
+    """
+
+    mode: Mode
+    layout: Layout
+    label: str
+
+
+def choices(
+    layouts: Mapping[Layout, int],
+    groups: ProcessGroupCollection,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    iterations: int,
+    given: Rates | None = None,
+) -> dict[Layout, Choice]:
+    """The exact mode of each layout for which a step of all matrices takes the least time.
+
+    Every rank that shares a layout must call, in the same order: links are measured once in a process, and the slowest rank
+    counts, so that all choose alike.
+
+    Args:
+        layouts: Of parameters, with their domain of splits and copies; and how many there are of each.
+        groups: Process groups.
+        device: Where the matrices are.
+        dtype: In which they travel.
+        precision: Arithmetic of Newton-Schulz.
+        iterations: Of Newton-Schulz.
+        given: Rates to predict with, instead of measured ones.
+    """
+    chosen: dict[Layout, Choice] = {}
+    for domain in dict.fromkeys(lay.domain for lay in layouts):
+        assert domain is not None
+        here = [lay for lay in layouts if lay.domain == domain]
+        if domain.size == 1:
+            chosen |= {lay: Choice("owner", lay, "one rank") for lay in here}
+            continue
+        splits = {lay: groups.domain(by_name(lay.axes)) for lay in here}
+        rates = (
+            Machine(given[0], given[1], Link(*given[2:]))
+            if given
+            else _measured(domain, splits.values(), groups, device, dtype, precision)
+        )
+        entries = [(lay, part, _matrices(part, layouts[lay], dtype)) for lay in here for part in lay.part_layouts]
+        predicted = choose([matrices for _, _, matrices in entries], rates, iterations=iterations)
+        teamed = [m for (_, _, m), (mode, _) in zip(entries, predicted, strict=True) if mode == "team"]
+        team = team_size(teamed, rates, iterations=iterations) if teamed else 1
+        for lay in here:
+            own = [(part, found) for (owner, part, _), found in zip(entries, predicted, strict=True) if owner is lay]
+            _, (mode, _) = max(own, key=lambda item: prod(item[0].shape))
+            ms = 1e3 * sum(cost.seconds for _, (_, cost) in own) / layouts[lay]
+            label = f"{mode} {team}" if mode == "team" else mode
+            chosen[lay] = Choice(*_placed(mode, lay, splits[lay], groups, team), f"auto: {label}, {ms:.2f} ms")
+    return chosen
+
+
+def by_name(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """In the order in which domains are made of them."""
+    return tuple(sorted(axes, key=lambda axis: axis.name))
+
+
+def _measured(
+    domain: Domain,
+    splits: Iterable[Domain],
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+) -> Machine:
+    """Rates of the slowest rank of ``domain``, and the slowest link among the ranks that split a matrix."""
+    joint = machine.measure(domain, device, dtype, precision=precision)
+    split = max(splits, key=lambda some: some.size)
+    if split.size in (1, domain.size):
+        return joint
+    # Each copy has a link of its own, and all must choose alike.
+    links = groups.gather(domain, machine.measure(split, device, dtype, precision=precision).link)
+    slowest = Link(max(link.latency for link in links), min(link.bandwidth for link in links))
+    return replace(joint, link=slowest, far=joint.link)
+
+
+def _placed(
+    mode: CostMode, lay: Layout, split: Domain, groups: ProcessGroupCollection, team: int
+) -> tuple[Mode, Layout]:
+    if mode == "team":
+        assert lay.domain is not None
+        return "owner", replace(lay, domain=groups.teamed(lay.domain, team))
+    return mode, lay if mode == "owner" else replace(lay, domain=split)
+
+
+def _matrices(part: Layout, count: int, dtype: torch.dtype) -> Matrices:
+    rows, cols = part.shape
+    tp = prod(axis.size for axis in part.axes)
+    copies = prod(axis.size for axis in part.copies)
+    return Matrices(count, rows, cols, tp, copies, not part.splits_long_dim_only, dtype.itemsize)
