@@ -27,7 +27,7 @@ SMALLEST_WAVE = {"cpu": 2**20}
 """The same by device when :data:`WAVE` is not set and no matrix is larger; a wave must be worth its two collectives."""
 
 DEPTH = 3
-"""Waves that may have tensors in memory: one travels in, one is worked on, one travels back."""
+"""Waves of 16-bit entries that may be in memory: one travels in, one is worked on, one travels back. Of wider ones, one less."""
 
 
 class Work(NamedTuple):
@@ -46,10 +46,14 @@ class Work(NamedTuple):
     entries: int = 0
 
 
+Take = Callable[[list[Any]], None]
+"""Takes an answer out of a list of one, so that nobody else holds on to a whole matrix while a rule works on it."""
+
+
 class _Pending(NamedTuple):
     request: Any
     label: str
-    answer: Callable[[Any], None]
+    answer: Take
 
 
 def run(rules: Iterable[Work | tuple[str, Rule]], *, check: bool = False) -> list[Any]:
@@ -96,14 +100,14 @@ class Run:
 
     def add(self, work: Work) -> None:
         """Start a work with ``entries``; when it begins a new wave, the one before leaves. All ranks must add in one order."""
-        self._join(_Task(self._deal, work, lambda result: None))
+        self._join(_Task(self._deal, work, list.clear))
 
     def finish(self, rules: Iterable[Work | tuple[str, Rule]] = ()) -> list[Any]:
         """Run ``rules``, and what was added, to their end; returns the results of ``rules``."""
         # All of them before the first starts: they check their input as they are listed.
         works = [Work(*work) for work in rules]
         results: list[Any] = [None] * len(works)
-        tasks = [_Task(self._deal, work, partial(results.__setitem__, i)) for i, work in enumerate(works)]
+        tasks = [_Task(self._deal, work, partial(_keep, results, i)) for i, work in enumerate(works)]
         travelling = sorted((task for task in tasks if task.work.entries), key=lambda task: -task.work.cost)
         self._entries = max([self._entries, *(task.work.entries for task in travelling)])
         staying = [task for task in tasks if not task.work.entries]
@@ -149,68 +153,69 @@ class Run:
         """Send off the wave that is being formed."""
         if self._forming:
             tasks, self._forming, self._taken = self._forming, [], {}
+            moves = (p.request for task in tasks for p in task.pending if isinstance(p.request, Move))
+            # Three waves of entries of four bytes or more would be too much memory.
+            depth = DEPTH - 1 if any(move.dtype.itemsize > 2 for move in moves) else DEPTH
+            while len(self._active) >= depth:
+                _finish(self._active.pop(0))
             self._turn(_Wave(self._check, tasks))
 
     def _turn(self, fresh: "_Wave | None") -> None:
         """Work on the newest wave that has arrived while ``fresh`` and the older ones travel."""
-        # Where entries take four bytes, the older ones are taken in first instead: their buffers would be too much.
-        for wave in self._active if any(wave.heavy for wave in self._active) else reversed(self._active):
+        for wave in reversed(self._active):
             wave.receive()
         for wave in self._active:
             wave.send()
         self._active = [wave for wave in (*self._active, fresh) if wave and wave.travels]
-        while len(self._active) >= DEPTH:
-            _finish(self._active.pop(0))
 
 
 class _Task:
     """A rule that is being run, and what it waits for."""
 
-    def __init__(self, deal: Callable[[Deal], list[int]], work: Work, done: Callable[[Any], None]) -> None:
+    def __init__(self, deal: Callable[[Deal], list[int]], work: Work, done: Take) -> None:
         self.work = work
         self.pending: list[_Pending] = []
         self._deal = deal
         self._done = done
 
     def start(self) -> "_Task":
-        self._resume(self.work.rule, self._done, None)
+        self._resume(self.work.rule, self._done, [None])
         return self
 
-    def _resume(self, rule: Rule, done: Callable[[Any], None], value: Any) -> None:
-        """Send ``value`` to ``rule`` and take up what it yields, until it waits; call ``done`` with its result at the end."""
+    def _resume(self, rule: Rule, done: Take, value: list[Any]) -> None:
+        """Send ``value`` to ``rule`` and take up what it yields, until it waits; give ``done`` its result at the end."""
         while True:
             try:
-                asked = rule.send(value)
+                asked = rule.send(value.pop())
             except StopIteration as stop:
-                done(stop.value)
+                done([stop.value])
                 return
             many = isinstance(asked, tuple | list)
-            value = None
             answers = self._ask(list(asked) if many else [asked], many, partial(self._resume, rule, done))
             if answers is None:
                 return
-            value = answers if many else answers[0]
+            value = [answers] if many else answers
 
-    def _ask(self, wants: list[Any], many: bool, go_on: Callable[[Any], None]) -> list[Any] | None:
-        """The answers, if none needs another rank; or None, and ``go_on`` is called with them later."""
+    def _ask(self, wants: list[Any], many: bool, go_on: Take) -> list[Any] | None:
+        """The answers, if none needs another rank; or None, and ``go_on`` is given them later."""
         answers: list[Any] = [None] * len(wants)
         missing = len(wants)
         waits = False
 
-        def answer(k: int, value: Any) -> None:
+        def answer(k: int, value: list[Any]) -> None:
             nonlocal missing
-            answers[k] = value
+            answers[k] = value.pop()
             missing -= 1
             if waits and not missing:
-                go_on(answers if many else answers[0])
+                go_on([answers] if many else answers)
 
         for k, want in enumerate(wants):
             if isgenerator(want):
-                self._resume(want, partial(answer, k), None)
+                self._resume(want, partial(answer, k), [None])
             elif isinstance(want, Deal):
-                answer(k, self._deal(want))
+                answer(k, [self._deal(want)])
             elif isinstance(want, Reduce) and not want.groups:
-                answer(k, want.finish(want.x) if want.finish else want.x)
+                answer(k, [want.finish(want.x) if want.finish else want.x])
             else:
                 self.pending.append(_Pending(want, self.work.label, partial(answer, k)))
         waits = missing > 0
@@ -223,7 +228,6 @@ class _Wave:
     def __init__(self, check: bool, tasks: list[_Task]) -> None:
         self._check = check
         self._tasks = tasks
-        self.heavy = any(isinstance(p.request, Move) and p.request.dtype.itemsize > 2 for t in tasks for p in t.pending)
         self._flying: list[Callable[[], None]] = []
         self.send()
 
@@ -264,11 +268,15 @@ class _Wave:
 
         def finish() -> None:
             values = arrive()
-            for i, answer in enumerate(answers):
-                value, values[i] = values[i], None
-                answer(value)
+            values.reverse()
+            for answer in answers:
+                answer([values.pop()])
 
         return finish
+
+
+def _keep(results: list[Any], i: int, result: list[Any]) -> None:
+    results[i] = result.pop()
 
 
 def _finish(wave: _Wave) -> None:

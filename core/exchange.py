@@ -40,8 +40,8 @@ def _all_to_all(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
         [sum(_numel(move, blocks) for move, blocks in zip(moves, row, strict=True)) for row in rows]
         for rows in (out, back)
     )
-    send, recv = like.new_empty(sum(send_sizes)), like.new_empty(sum(recv_sizes))
-    _pack(send, moves, out)
+    send = _packed(like.new_empty(sum(send_sizes)), moves, out)
+    recv = like.new_empty(sum(recv_sizes))
     work = dist.all_to_all_single(recv, send, recv_sizes, send_sizes, group=domain.group, async_op=True)
     return _arrival(work, [send], moves, recv.split(recv_sizes), back)
 
@@ -53,8 +53,8 @@ def _all_gather(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
     # Every rank wants the same, so what a peer would send to me is what it sends to all.
     back = [[_blocks(move.src, move.dst, peer, me) for move in moves] for peer in peers]
     longest = max(sum(_numel(move, blocks) for move, blocks in zip(moves, row, strict=True)) for row in back)
-    send, recv = like.new_empty(longest), like.new_empty(domain.size * longest)
-    _pack(send, moves, [back[me]])
+    send = _packed(like.new_empty(longest), moves, [back[me]])
+    recv = like.new_empty(domain.size * longest)
     work = dist.all_gather_single(recv, send, group=domain.group, async_op=True)
     return _arrival(work, [send], moves, recv.split(longest), back)
 
@@ -112,8 +112,8 @@ def _like(moves: Sequence[Move]) -> Tensor:
     return torch.empty(0, dtype=moves[0].dtype, device=moves[0].device)
 
 
-def _pack(buffer: Tensor, moves: Sequence[Move], blocks: list[list[Blocks]]) -> None:
-    """Write what each receiver gets, one after the other, into ``buffer``."""
+def _packed(buffer: Tensor, moves: Sequence[Move], blocks: list[list[Blocks]]) -> Tensor:
+    """``buffer`` with what each receiver gets, one after the other. The moves let go of what they have sent."""
     at = 0
     places: list[list[tuple[Block, Tensor]]] = [[] for _ in moves]
     for row in blocks:
@@ -123,7 +123,7 @@ def _pack(buffer: Tensor, moves: Sequence[Move], blocks: list[list[Blocks]]) -> 
                 mine.append((block, buffer[at : at + size].view(_shape(move.batch, block))))
                 at += size
     for move, mine in zip(moves, places, strict=True):
-        x = move.x
+        x, move.x = move.x, None
         if x is None:
             continue
         if callable(x):
@@ -135,6 +135,7 @@ def _pack(buffer: Tensor, moves: Sequence[Move], blocks: list[list[Blocks]]) -> 
             x = made
         for block, place in mine:
             place.copy_(x[_at(block, "left")])
+    return buffer
 
 
 def _unpack(

@@ -330,7 +330,7 @@ class Reduce:
     team: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Move:
     """Ask for a stack of tensors in another placement; the answer is (B, *local shape), or None where it holds nothing.
 

@@ -20,12 +20,15 @@ SIDE = {"cpu": 1024}
 """Rows and columns of the matrix whose products are timed; elsewhere 4096."""
 
 ENTRIES = {"cpu": 2**20}
-"""Of a tensor that passes through memory, and of what a rank sends; elsewhere 2^24."""
+"""Of a matrix that is updated, and of what a rank sends; elsewhere 2^24."""
+
+MATRICES = 8
+"""That are updated one after the other: more than a cache holds."""
 
 BLOCK = {"cpu": 2**17}
 """Entries that pass through all operations of the step before the next ones do; elsewhere all of them."""
 
-REPS = 12
+REPS = 8
 """Timed runs. Their median counts, not the shortest: ranks on one host disturb each other in a step, too."""
 
 Timed = Callable[[Callable[[], object]], float]
@@ -80,17 +83,18 @@ def measure(
 def _memory(timed: Timed, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of a byte in the elementwise passes of a step, with updates of ``dtype``."""
     entries = ENTRIES.get(device.type, 2**24)
-    p, g, m = (torch.zeros(entries, device=device) for _ in range(3))
+    block = BLOCK.get(device.type, entries)
+    p, g, m = (torch.zeros(MATRICES, entries, device=device) for _ in range(3))
 
     def step() -> None:
-        # New in every step, as there.
-        u = torch.empty(entries, dtype=dtype, device=device)
-        parts = (x.split(BLOCK.get(device.type, entries)) for x in (p, g, m, u))
-        for a, b, c, d in zip(*parts, strict=True):
-            d.copy_(b.lerp(c.lerp_(b, 0.5), 0.5))
-            a.add_(a, alpha=-0.1).add_(d, alpha=-0.1)
+        for some in zip(p, g, m, strict=True):
+            # New in every step, as there.
+            u = torch.empty(entries, dtype=dtype, device=device)
+            for a, b, c, d in zip(*(x.split(block) for x in (*some, u)), strict=True):
+                d.copy_(b.lerp(c.lerp_(b, 0.5), 0.5))
+                a.add_(a, alpha=-0.1).add_(d, alpha=-0.1)
 
-    return timed(step) / (step_traffic(dtype.itemsize) * entries)
+    return timed(step) / (step_traffic(dtype.itemsize) * MATRICES * entries)
 
 
 def _products(

@@ -28,7 +28,7 @@ LAYERS = (
 )
 LAYER = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 
-# Group set-up asks who is in which group, links are measured, and a checkpoint is agreed on; everything else goes through the engine.
+# Group set-up asks who is in which group, links are measured, a checkpoint is agreed on; the rest goes through the engine.
 MAY_COMMUNICATE = {"engine", "exchange", "machine", "process_groups_config", "checkpoint"}
 COMMUNICATION = re.compile(
     r"torch\.distributed\.(distributed_c10d\.)?"

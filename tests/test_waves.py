@@ -94,11 +94,12 @@ def test_a_wave_costs_two_collectives_and_brings_no_rank_more_than_its_limit(wor
 
 
 @pytest.mark.mpi(min_size=2)
-def test_no_more_than_three_waves_are_under_way(world, monkeypatch):
+@pytest.mark.parametrize(("precision", "waves"), [("medium", engine.DEPTH), ("highest", engine.DEPTH - 1)])
+def test_no_more_than_three_waves_are_under_way_and_two_of_wide_entries(world, monkeypatch, precision, waves):
     monkeypatch.setenv(engine.WAVE, "1")
-    optimizer = sharded_optimizer(
-        "adaptive_muon", CUTS[world.size]["rows"], world, tp_mode="owner", moment2_method="normuon"
-    )
+    cut = replace(CUTS[world.size]["rows"], dtype=torch.float32)
+    kwargs = {"tp_mode": "owner", "moment2_method": "normuon", "fp32_matmul_prec": precision}
+    optimizer = sharded_optimizer("adaptive_muon", cut, world, **kwargs)
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.ones_like(p)
@@ -118,7 +119,7 @@ def test_no_more_than_three_waves_are_under_way(world, monkeypatch):
 
     monkeypatch.setattr(engine._Wave, "_post", staticmethod(counting))
     optimizer.step()
-    assert most[0] == engine.DEPTH and not alive[0]
+    assert most[0] == waves and not alive[0]
 
 
 @pytest.mark.mpi(min_size=2)

@@ -101,27 +101,31 @@ def _polynomial(r: Tensor, coefs: Coefficients, unit: float, *, apart: bool) -> 
     All factors are polynomials in R and commute. With ``apart`` the identity is kept out of P, whose rounding is then no larger
     than that of X; float16 is more exact without.
     """
-    q: Tensor | float = 0.0
+    q = 0.0
     p = r
     for i, (a, b, c) in enumerate(coefs):
+        # No more of these at a time than are needed: for a square matrix each is as large as X.
         z = symmetric_product(r, r, r, beta=b * unit, alpha=c * unit**2)
+        if i < len(coefs) - 1:
+            rz = symmetric_product(r, z, r, beta=a)
+            r = symmetric_product(rz, z, rz, beta=a)
+            del rz
         if i == 0:
             q, p = a, z
         elif apart:
-            q, p = q * a, symmetric_product(p, z, a * p + q * z)
+            p = symmetric_product(p, z, (p * a).add_(z, alpha=q))
+            q *= a
         else:
             if i == 1:
                 _diagonal(p).add_(q)
                 q = 0.0
             p = symmetric_product(p, z, p, beta=a)
-        if i < len(coefs) - 1:
-            rz = symmetric_product(r, z, r, beta=a)
-            r = symmetric_product(rz, z, rz, beta=a)
+        del z
     if apart and len(coefs) > 1:
         # q I and P cancel where singular values have grown; as little as can be.
         mean = _diagonal(p).mean(-1, keepdim=True)
         _diagonal(p).sub_(mean)
-        q = q + mean[..., None]
+        return mean[..., None] + q, p
     return q, p
 
 

@@ -64,7 +64,8 @@ def newton_schulz(
         Laid out as ``x``, in its dtype.
 
     Raises:
-        ValueError: for a 16-bit ``variant`` on shards, or one whose restarts do not fit ``coefs``.
+        ValueError: for a 16-bit ``variant`` on shards, one in another dtype than matrices that are not bfloat16, or one whose
+            restarts do not fit ``coefs``.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
@@ -72,6 +73,8 @@ def newton_schulz(
         variant = variant_for(lay.shape, x.dtype, precision, x.device, coefs, whole=lay.is_whole)
     elif variant.dtype in NARROW and not lay.is_whole:
         raise ValueError(f"shards ({lay.describe()}) need a float32 or float64 variant, got {variant}.")
+    elif variant.dtype != x.dtype != torch.bfloat16:
+        raise ValueError(f"{x.dtype} matrices need a variant in that dtype, got {variant}.")
     if lay.is_whole and not x.numel():
         return torch.zeros_like(x)
     wide = lay.long_dim == -1
@@ -91,7 +94,10 @@ def newton_schulz(
         scale=scale,
         eps=eps,
     )
-    out = yield from _driven(steps, lay, partial(matmul_precision, precision, x.device))
+    arithmetic = partial(matmul_precision, precision, x.device)
+    # The iteration needs the matrix no longer than it says.
+    del x, given
+    out = yield from _driven(steps, lay, arithmetic)
     out = out[None] if alone else out
     return _transposed(out) if turn else out
 
