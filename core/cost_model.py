@@ -44,11 +44,12 @@ class Machine:
 
     Attributes:
         flops: Operations a second of products in the dtype that matrices travel in, beside the traffic of their operands.
-        memory: Bytes a second.
+        memory: Bytes a second of elementwise passes over parameters, gradients and state.
         link: Between the ranks that split a matrix.
         gram_flops: Operations a second of float32 products, for the Gram matrices of narrower shards; None for ``flops``.
         far: Between all ranks that hold shards or copies; None for ``link``.
         turned: Bytes a second that are read and written by a copy that turns rows into columns; None for ``memory``.
+        cached: Bytes a second of passes over a matrix while it is iterated; None for ``memory``.
         device: Its type, ``cpu`` or ``cuda``: the ways to iterate differ.
     """
 
@@ -58,6 +59,7 @@ class Machine:
     gram_flops: float | None = None
     far: Link | None = None
     turned: float | None = None
+    cached: float | None = None
     device: str = "cuda"
 
 
@@ -194,7 +196,8 @@ def elementwise(some: Matrices, machine: Machine, state: float = 0.0) -> float:
 def seconds(work: Work, machine: Machine) -> float:
     """How long ``machine`` takes for ``work``."""
     products = work.flops / machine.flops + work.gram_flops / (machine.gram_flops or machine.flops)
-    return products + work.traffic / machine.memory + work.turned / (machine.turned or machine.memory)
+    cached = machine.cached or machine.memory
+    return products + work.traffic / cached + work.turned / (machine.turned or cached)
 
 
 def alone(some: Matrices, machine: Machine, iterations: int) -> float:

@@ -60,22 +60,27 @@ def measure(
 
     shape = shape or (SIDE.get(device.type, 4096),) * 2
     memory = _memory(timed, dtype, device)
+    a = torch.zeros(ENTRIES.get(device.type, 2**24), device=device)
+    cached = timed(lambda: a.add_(a, alpha=0.5)) / (2 * a.nbytes)
     x = torch.zeros(shape, dtype=dtype, device=device)
     turned = timed(lambda: x.mT.contiguous()) / (2 * x.nbytes)
     rates = []
     for kind in (dtype, torch.promote_types(dtype, torch.float32)):
         with matmul_precision(precision, device):
-            rates.append(_products(timed, kind, device, shape, memory, turned))
-    times = torch.tensor([memory, turned, *rates, *_link(timed, domain, device)], dtype=torch.float64, device=device)
+            rates.append(_products(timed, kind, device, shape, cached, turned))
+    times = torch.tensor(
+        [memory, cached, turned, *rates, *_link(timed, domain, device)], dtype=torch.float64, device=device
+    )
     if domain.group is not None:
         dist.all_reduce(times, dist.ReduceOp.MAX, group=domain.group)
-    memory, turned, flop, gram_flop, latency, byte = times.tolist()
+    memory, cached, turned, flop, gram_flop, latency, byte = times.tolist()
     return Machine(
         flops=1 / flop,
         memory=1 / memory,
         link=Link(latency, 1 / byte if byte else float("inf")),
         gram_flops=1 / gram_flop,
         turned=1 / turned,
+        cached=1 / cached,
         device=device.type,
     )
 
@@ -98,9 +103,9 @@ def _memory(timed: Timed, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _products(
-    timed: Timed, dtype: torch.dtype, device: torch.device, shape: tuple[int, int], memory: float, turned: float
+    timed: Timed, dtype: torch.dtype, device: torch.device, shape: tuple[int, int], cached: float, turned: float
 ) -> float:
-    """Seconds of an operation in an iteration's products, beside what passes through memory and what is mirrored."""
+    """Seconds of an operation in an iteration's products, beside the passes over operands and what is mirrored."""
     m, n = min(shape), max(shape)
     # Several, so that none is still in the cache when its turn comes, as in a step.
     xs = cycle(torch.linspace(-1, 1, 4 * m * n, device=device).sin().div(n).to(dtype).view(4, m, n))
@@ -113,7 +118,7 @@ def _products(
 
     operations, passed, mirrored = iteration_work(m, n, dtype, device.type)
     spent = timed(iterate)
-    return max(spent - passed * memory - mirrored * turned, spent / 2) / operations
+    return max(spent - passed * cached - mirrored * turned, spent / 2) / operations
 
 
 def _link(timed: Timed, domain: Domain, device: torch.device) -> tuple[float, float]:

@@ -317,6 +317,12 @@ def test_variants_without_meaning_are_refused(arguments, message):
         Variant(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP64])
+def test_matrices_are_not_rounded_to_fewer_bits(dtype):
+    with pytest.raises(ValueError, match="matrices need a variant in that dtype"):
+        run(torch.ones(1, 4, 4, dtype=dtype), variant=Variant("classic", BF16))
+
+
 def test_restarts_must_fit():
     with pytest.raises(ValueError, match="do not fit 5 iterations"):
         run(torch.ones(1, 4, 4), variant=Variant("gram", FP32, (5,)))

@@ -64,7 +64,7 @@ def choices(
             continue
         splits = {lay: groups.domain(by_name(lay.axes)) for lay in here}
         rates = (
-            Machine(given[0], given[1], Link(*given[2:]))
+            Machine(given[0], given[1], Link(*given[2:]), device=device.type)
             if given
             else _measured(domain, splits.values(), groups, device, dtype, precision)
         )

@@ -1,0 +1,126 @@
+"""Compares the cost model with the benchmark's steps on this machine, in CPU seconds of the slowest rank.
+
+Ranks on one host share its processors, so that the clock on the wall counts how they share and a model of one rank cannot tell;
+the processor's time can be compared. In it nothing overlaps: compute and communication are added.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from core.cost_model import CostMode, Machine, Matrices, predict
+from core.engine import SMALLEST_WAVE
+from core.machine import measure as measure_machine
+from core.process_groups_config import ProcessGroupCollection
+
+from . import bench_cases as cases
+from .bench_measure import measure
+from .launch import Launch
+from .plan_arguments import ITEMSIZE
+from .report import format_rows
+from .usage import UsageError
+
+COMPARED: tuple[CostMode, ...] = ("owner", "distributed", "duplicated", "blockwise")
+CPU = torch.device("cpu")
+
+
+def validate(hidden: int, layers: int, precision: str, reps: int) -> list[str]:
+    """Lines to print, on the first rank; none on the others. Starts gloo under torchrun where nobody has.
+
+    Args:
+        hidden: Hidden size of the benchmark's GPT.
+        layers: Its layers.
+        precision: Of Newton-Schulz.
+        reps: Timed steps of each mode.
+
+    Raises:
+        UsageError: when there is one rank only, or the hidden size cannot be cut.
+    """
+    starts = not dist.is_initialized()
+    ranks = Launch.from_environ(os.environ).world_size if starts else dist.get_world_size()
+    if ranks == 1:
+        raise UsageError("--validate", None, "needs ranks", hint="torchrun --nproc-per-node 4 -m tools.plan --validate")
+    if hidden % ranks:
+        raise UsageError("--hidden", hidden, f"cannot be cut over {ranks} ranks", possible=f"multiples of {ranks}")
+    torch.set_num_threads(1)
+    if starts:
+        dist.init_process_group("gloo")
+    try:
+        return _compare(hidden, layers, precision, reps)
+    finally:
+        if starts:
+            dist.destroy_process_group()
+
+
+def _compare(hidden: int, layers: int, precision: str, reps: int) -> list[str]:
+    group = dist.group.WORLD
+    assert group is not None
+    benchmark = cases.gpt_matrices(hidden, layers)
+    groups = ProcessGroupCollection(tp=group)
+    dtype = torch.bfloat16 if precision == "medium" else torch.float32
+    machine = measure_machine(
+        groups.domain((groups.axis("tp"),)),
+        CPU,
+        dtype,
+        precision=precision,
+        shape=(hidden, 4 * hidden),
+        clock=time.process_time,
+    )
+    makers = cases.tensor_parallel(precision, group)
+    ours = cases.candidates(makers, benchmark, group, [f"{cases.OURS} {mode}" for mode in COMPARED])
+    for candidate in ours:
+        assert isinstance(candidate.optimizer, torch.optim.Optimizer)
+        for p in candidate.params:
+            # As after many steps. While its norm still grows, CPU compiles bfloat16 products for every new one.
+            candidate.optimizer.state[p]["momentum_buffer"].copy_(p.grad)
+    measured = {
+        result.name.split()[-1]: statistics.median(result.cpu) for result in measure(ours, benchmark, reps, group)
+    }
+    # Nobody leaves while another still hears from it.
+    dist.barrier(group)
+    if dist.get_rank():
+        return []
+    matrices = [
+        Matrices(1, m.rows, m.cols, dist.get_world_size(), 1, cuts_short(m), ITEMSIZE[precision]) for m in benchmark
+    ]
+    return [_describe(machine), *format_rows(_rows(matrices, machine, measured))]
+
+
+def cuts_short(matrix: cases.Matrix) -> bool:
+    """Whether the side that is cut is the shorter one."""
+    return matrix.rows != matrix.cols and (matrix.cut == 0) == (matrix.rows < matrix.cols)
+
+
+def _rows(matrices: Sequence[Matrices], machine: Machine, measured: dict[str, float]) -> list[tuple[str, ...]]:
+    predicted = {}
+    for mode in COMPARED:
+        cost = predict(mode, matrices, machine, wave=SMALLEST_WAVE["cpu"])
+        predicted[mode] = cost.compute + cost.communication
+    head = ("mode", "predicted CPU s", "measured", "off by", "predicted / owner", "measured / owner", "off by")
+    rows: list[tuple[str, ...]] = [head]
+    for mode in COMPARED:
+        said, took = predicted[mode], measured[mode]
+        ratios = said / predicted["owner"], took / measured["owner"]
+        rows.append(
+            (
+                mode,
+                f"{said:.3f}",
+                f"{took:.3f}",
+                f"{said / took - 1:+.0%}",
+                *(f"{ratio:.2f}" for ratio in ratios),
+                f"{ratios[0] / ratios[1] - 1:+.0%}",
+            )
+        )
+    return rows
+
+
+def _describe(machine: Machine) -> str:
+    gram = machine.gram_flops or machine.flops
+    return (
+        f"measured here, in CPU seconds: {machine.flops / 1e9:.0f} GFLOP/s ({gram / 1e9:.0f} for Gram matrices), memory "
+        f"{machine.memory / 1e9:.1f} GB/s, link {machine.link.bandwidth / 1e9:.2f} GB/s and {machine.link.latency * 1e6:.0f} us"
+    )
