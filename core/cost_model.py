@@ -8,10 +8,11 @@ are those of :mod:`.on_matrix` and :mod:`.engine`. Nothing is fitted to a measur
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
 from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from .dealing import deal, waves_of
+from .linalg.newton_schulz import flops
 from .linalg.work import Work, newton_schulz_work
 
 CostMode = Literal["owner", "team", "distributed", "duplicated", "blockwise"]
@@ -20,9 +21,6 @@ MODES: tuple[CostMode, ...] = (*EXACT, "blockwise")
 
 WAVE = 2**24
 """Entries of whole matrices that a rank takes in per wave, unless one matrix is larger."""
-
-DEPTH = 3
-"""Waves that have tensors in memory: one travels in, one is worked on, one travels back."""
 
 
 @dataclass(frozen=True)
@@ -229,11 +227,14 @@ def _duplicated(here: Sequence[Matrices], machine: Machine, iterations: int, wav
     memory = max(_work(some, machine, iterations, 1).memory for some in here)
     if tp == 1:
         return Cost(compute, memory=memory)
-    whole = sum(some.count * some.payload for some in here)
+    whole = float(sum(some.count * some.payload for some in here))
+    waves = _number_of_waves(here, [float(some.entries) for some in here], wave)
     received = (tp - 1) / tp * whole
+    moved = _transfer(machine.link, received, waves)
     # Packed, and put together out of what arrived.
     compute += 2 * (whole / tp + whole) / machine.memory
-    return Cost(compute, _transfer(machine.link, received, 1), received, 1, memory + 2 * whole)
+    memory += 2 * whole * min(_depth(here), waves) / waves
+    return Cost(compute, moved, received, waves, memory, hidden=min(compute, moved * (1 - 1 / waves)))
 
 
 def _distributed(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
@@ -241,15 +242,33 @@ def _distributed(here: Sequence[Matrices], machine: Machine, iterations: int, wa
     if tp == 1:
         return _duplicated(here, machine, iterations, wave)
     works = [_work(some, machine, iterations, tp) for some in here]
+    brought = [some.entries / tp + (0 if some.splits_short else min(some.rows, some.cols) ** 2) for some in here]
+    waves = _number_of_waves(here, brought, wave)
     compute = sum(some.count * seconds(work, machine) for some, work in zip(here, works, strict=True))
     memory = sum(some.count * work.memory for some, work in zip(here, works, strict=True))
-    step = Cost(compute, memory=memory) + _reductions(here, machine, works, machine.link, tp, 1, 1)
-    recut = sum(some.count * some.payload / tp for some in here if some.splits_short)
-    if recut:
+    step = Cost(compute, memory=memory) + _reductions(here, machine, works, machine.link, tp, 1, waves)
+    short = [some for some in here if some.splits_short]
+    if short:
+        recut = sum(some.count * some.payload / tp for some in short)
         received = 2 * (tp - 1) / tp * recut
+        times = 2 * min(waves, sum(some.count for some in short))
         # Packed and unpacked, there and back.
-        step += Cost(8 * recut / machine.memory, _transfer(machine.link, received, 2), received, 2)
-    return step
+        step += Cost(8 * recut / machine.memory, _transfer(machine.link, received, times), received, times)
+    return replace(
+        step,
+        memory=step.memory * min(_depth(here), waves) / waves,
+        hidden=min(step.compute, step.communication * (1 - 1 / waves)),
+    )
+
+
+def _number_of_waves(here: Sequence[Matrices], brought: Sequence[float], wave: int, workers: int = 1) -> int:
+    dearest_first = sorted(zip(here, brought, strict=True), key=lambda kind: -flops(kind[0].rows, kind[0].cols))
+    return waves_of([(some.count, entries) for some, entries in dearest_first], max(float(wave), *brought), workers)
+
+
+def _depth(here: Sequence[Matrices]) -> int:
+    """Waves that have tensors in memory: one travels in, one is worked on and, of 16-bit entries, one travels back."""
+    return 3 if all(some.itemsize == 2 for some in here) else 2
 
 
 def _owner(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
@@ -282,26 +301,27 @@ def _waves(here: Sequence[Matrices], machine: Machine, iterations: int, wave: in
         return _duplicated(here, machine, iterations, wave)
     link = joint_link(here[0], machine)
     works = [_work(some, machine, iterations, size) for some in here]
-    loads = _deal(
+    loads = deal(
         [(some.count, seconds(work, machine), some.payload / size) for some, work in zip(here, works, strict=True)],
         ranks // size,
     )
     total = float(sum(some.count * some.payload for some in here))
     owned = max(load.payload for load in loads)
-    limit = max(max(wave * some.itemsize, some.payload / size) for some in here)
-    waves = min(max(load.matrices for load in loads), ceil(owned / limit))
-    there = owned if size > 1 else (tp - 1) / tp * owned
+    waves = _number_of_waves(here, [some.entries / size for some in here], wave, ranks // size)
+    # A worker takes in one replica's shards, of its own matrices, and every rank its shards of the others'.
+    away = (tp - 1) / tp if size == 1 else 1.0
+    received = max(away * load.payload + (total - load.payload) / tp for load in loads)
     back = (total - min(load.payload for load in loads)) / tp
-    # A worker takes in one replica's shards, and sends to all replicas.
+    # It sends to all replicas.
     sent = owned * (copies - 1 / tp)
-    moved = _transfer(link, there + max(back, sent), 2 * waves)
+    moved = _transfer(link, away * owned + max(back, sent), 2 * waves)
     # Workers put matrices together and cut them up again.
     compute = max(load.seconds for load in loads) + 2 * owned * (1 + copies) / machine.memory
     # The first wave comes in and the last one leaves while nothing is computed.
     hidden = min(compute, moved * (1 - 1 / waves))
     # Sent, received and put together; the results sent and received.
-    memory = max(work.memory for work in works) + (3 * owned + sent + back) * min(DEPTH, waves) / waves
-    step = Cost(compute, moved, there + back, 2 * waves, memory, hidden)
+    memory = max(work.memory for work in works) + (3 * owned + sent + back) * min(_depth(here), waves) / waves
+    step = Cost(compute, moved, received, 2 * waves, memory, hidden)
     return step if size == 1 else step + _reductions(here, machine, works, link, size, ranks // size, waves)
 
 
@@ -318,8 +338,7 @@ def _reductions(
     grams = [max(some.itemsize, 4) * float(min(some.rows, some.cols)) ** 2 for some in here]
     rounds = works[0].rounds
     load = max(
-        load.payload
-        for load in _deal([(some.count, gram, gram) for some, gram in zip(here, grams, strict=True)], teams)
+        load.payload for load in deal([(some.count, gram, gram) for some, gram in zip(here, grams, strict=True)], teams)
     )
     moved = rounds * 2 * (size - 1) / size * load
     packed = rounds * 2 * load / machine.memory
@@ -339,32 +358,3 @@ _MODES: dict[CostMode, Any] = {
     "duplicated": _duplicated,
     "blockwise": _blockwise,
 }
-
-
-class _Load(NamedTuple):
-    """What some ``ranks`` have been dealt, each of them."""
-
-    seconds: float
-    payload: float
-    matrices: int
-    ranks: int
-
-
-def _deal(jobs: Sequence[tuple[int, float, float]], ranks: int) -> list[_Load]:
-    """Longest processing time first: count, seconds and payload of equal matrices, each to the rank with the least to do."""
-    loads = [_Load(0.0, 0.0, 0, ranks)]
-    for count, cost, payload in sorted(jobs, key=lambda job: (-job[1], -job[2])):
-        while count:
-            rounds = count // ranks
-            if rounds and (len(loads) == 1 or max(loads).seconds - loads[0].seconds < cost):
-                # Each rank gets one before any gets a second.
-                loads = [_Load(s + rounds * cost, p + rounds * payload, m + rounds, r) for s, p, m, r in loads]
-                count -= rounds * ranks
-                continue
-            least = heappop(loads)
-            some = min(count, least.ranks)
-            heappush(loads, _Load(least.seconds + cost, least.payload + payload, least.matrices + 1, some))
-            if some < least.ranks:
-                heappush(loads, least._replace(ranks=least.ranks - some))
-            count -= some
-    return loads

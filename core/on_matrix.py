@@ -43,7 +43,7 @@ def on_matrix(fn: MatrixRule, x: Tensor | Deferred, lay: Layout, mode: Mode, cos
     Args:
         fn: What to do with a matrix.
         x: (B, *shard), this rank's shards.
-        lay: Their layout, with the domain that ``mode`` needs (:func:`domain_axes`).
+        lay: Their layout, with the ranks that ``mode`` works with as its domain.
         mode: ``blockwise``: this rank's shard is the matrix. ``duplicated``: every rank gathers the whole and keeps its
             shard of the result. ``distributed``: ``fn`` works on shards and reduces through its layout. ``owner``: one
             rank (or team of ranks, when the domain has teams) gets the whole of each matrix, works, and sends the shards back.

@@ -20,7 +20,7 @@ MAX_LINES = 400
 LAYERS = (
     {"process_groups_config", "ranges", "schedule"},
     {"layout"},
-    {"exchange", "kernels", "linalg", "on_matrix", "placements", "random"},
+    {"dealing", "exchange", "kernels", "linalg", "on_matrix", "placements", "random"},
     {"cost_model", "engine", "precision"},
     {"auto_mode", "machine", "state"},
     {"optimizer"},

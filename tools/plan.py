@@ -11,19 +11,17 @@ collectives that cost the same however many ranks take part. --validate measures
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from core.auto_mode import choose
 from core.cost_model import EXACT, MODES, Cost, CostMode, predict
 
-from .launch import Launch
 from .plan_arguments import ITEMSIZE, check_range, cluster_of, model_of, parser
 from .plan_models import Cluster, Model, Part, check, other_parameters, parts
 from .plan_peers import PEERS, predict_peer
 from .plan_plot import draw
-from .plan_validate import validate
+from .plan_validate import place, validate
 from .report import format_rows
 from .usage import UsageError, refuse
 
@@ -172,9 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank = 0
     try:
         if options.validate:
-            rank = Launch.from_environ(os.environ).rank
+            rank, ranks = place()
             check_range(options, ["hidden", "layers", "reps"])
-            print("\n".join(validate(options.hidden, options.layers, options.precision, options.reps)))
+            for line in validate(options.hidden, options.layers, options.precision, options.reps, ranks):
+                print(line)
             return
         model, cluster = model_of(options), cluster_of(options)
         check(model, cluster)

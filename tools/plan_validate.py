@@ -28,7 +28,15 @@ COMPARED: tuple[CostMode, ...] = ("owner", "distributed", "duplicated", "blockwi
 CPU = torch.device("cpu")
 
 
-def validate(hidden: int, layers: int, precision: str, reps: int) -> list[str]:
+def place() -> tuple[int, int]:
+    """This rank and the number of ranks, of torch.distributed or of the launcher."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    launch = Launch.from_environ(os.environ)
+    return launch.rank, launch.world_size
+
+
+def validate(hidden: int, layers: int, precision: str, reps: int, ranks: int) -> list[str]:
     """Lines to print, on the first rank; none on the others. Starts gloo under torchrun where nobody has.
 
     Args:
@@ -36,12 +44,12 @@ def validate(hidden: int, layers: int, precision: str, reps: int) -> list[str]:
         layers: Its layers.
         precision: Of Newton-Schulz.
         reps: Timed steps of each mode.
+        ranks: That run this.
 
     Raises:
         UsageError: when there is one rank only, or the hidden size cannot be cut.
     """
     starts = not dist.is_initialized()
-    ranks = Launch.from_environ(os.environ).world_size if starts else dist.get_world_size()
     if ranks == 1:
         raise UsageError("--validate", None, "needs ranks", hint="torchrun --nproc-per-node 4 -m tools.plan --validate")
     if hidden % ranks:
