@@ -116,7 +116,7 @@ def kill_everywhere(directory: Path, step: int) -> None:
         assert read(here) == "new"
     assert code == 0
     assert sorted(path.name for path in here.iterdir()) == sorted(
-        {f"iter_000000{step}", "iter_0000001", "iter_0000003", TRACKER}
+        {f"iter_000000{step}", "iter_0000001", "iter_0000003", TRACKER, ".lock"}
     )
 
 

@@ -1,16 +1,12 @@
 """What does not fit is refused before anything is touched, in words that say what to do."""
 
 import json
-import os
-import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from core.checkpoint import CheckpointError, latest_step, load, save
 from core.checkpoint.boxes import Boxes, cut
 from core.checkpoint.directory import TRACKER
-from core.checkpoint.manifest import FORMAT, NAME
+from core.checkpoint.manifest import NAME
 from core.layout import Layout, Split
 from core.optimizer.adam import AdamW
 from core.optimizer.sgd import SGD
@@ -38,80 +34,8 @@ def saved(folder: Path, step: int = 5, **kwargs: Any) -> tuple[nn.Module, AdamW]
     return net, optimizer
 
 
-def edit_manifest(folder: Path, **changes: Any) -> None:
-    path = folder / "iter_0000005" / NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-class Malice:
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, ("touch stolen",)
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no directory": (
-        lambda d: d.rename(d.with_name("else")),
-        "does not exist; give the directory that --save wrote to",
-    ),
-    "tracker is gone": (lambda d: (d / TRACKER).unlink(), "no save was ever completed"),
-    "tracker is empty": (lambda d: (d / TRACKER).write_text(""), "should hold the number of a step.*there are steps 5"),
-    "tracker is garbage": (lambda d: (d / TRACKER).write_bytes(b"\xff\0"), "should hold the number of a step"),
-    "step is gone": (lambda d: (d / TRACKER).write_text("7"), "no checkpoint of step 7 in .*; there are steps 5"),
-    "no manifest": (lambda d: (d / "iter_0000005" / NAME).unlink(), "was not written by this package, or is damaged"),
-    "manifest is cut": (
-        lambda d: (d / "iter_0000005" / NAME).write_text('{"form'),
-        "it is not the JSON that a save writes",
-    ),
-    "manifest is a list": (
-        lambda d: (d / "iter_0000005" / NAME).write_text("[]"),
-        "it is not the JSON that a save writes",
-    ),
-    "manifest has no step": (lambda d: (d / "iter_0000005" / NAME).write_text('{"format": 1}'), "'step' is missing"),
-    "newer format": (lambda d: edit_manifest(d, format=FORMAT + 1), f"format {FORMAT + 1}, but .*Update shardstep"),
-    "file is cut": (
-        lambda d: os.truncate(d / "iter_0000005" / "__0_0.distcp", 100),
-        "__0_0.distcp has 100 bytes; .* were written",
-    ),
-    "file is gone": (
-        lambda d: (d / "iter_0000005" / "__0_0.distcp").unlink(),
-        "__0_0.distcp is missing; .* were written",
-    ),
-    "metadata is cut": (
-        lambda d: (edit_manifest(d, files={}), os.truncate(d / "iter_0000005" / ".metadata", 100)),
-        "metadata cannot be read .*load an older step",
-    ),
-    "metadata is a list": (
-        lambda d: (edit_manifest(d, files={}), (d / "iter_0000005" / ".metadata").write_bytes(pickle.dumps([]))),
-        "is not the metadata of a checkpoint",
-    ),
-    "metadata is malicious": (
-        lambda d: (edit_manifest(d, files={}), (d / "iter_0000005" / ".metadata").write_bytes(pickle.dumps(Malice()))),
-        "names posix.system, which no checkpoint needs.*Refused",
-    ),
-    "tensors are malicious": (
-        lambda d: (
-            edit_manifest(d, files={}),
-            (d / "iter_0000005" / "__0_0.distcp").write_bytes(pickle.dumps(Malice()) * 200),
-        ),
-        "is damaged: rank 0: UnpicklingError.*load an older step",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch, damage):
-    monkeypatch.chdir(tmp_path)
-    directory = tmp_path / "run"
-    net, optimizer = saved(directory)
-    do, expected = DAMAGE[damage]
-    do(directory)
-    with pytest.raises(CheckpointError, match=re.compile(expected, re.DOTALL)):
-        load(directory, model_chunks=[net], optimizer=optimizer)
-    assert not Path("stolen").exists()
-
-
 def test_an_empty_directory_holds_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .*: there is no latest_checkpointed_iteration.txt"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*: no save was ever completed there"):
         load(tmp_path, model_chunks=[model()])
     assert latest_step(tmp_path) is None
     assert latest_step(tmp_path / "none") is None
@@ -158,8 +82,8 @@ def test_what_was_given_comes_back(tmp_path):
 
 
 def test_python_objects_are_not_saved(tmp_path):
-    with pytest.raises(CheckpointError, match="extra cannot be saved: Object of type Malice is not JSON serializable"):
-        saved(tmp_path, extra={"it": Malice()})
+    with pytest.raises(CheckpointError, match="extra cannot be saved: Object of type object is not JSON serializable"):
+        saved(tmp_path, extra={"it": object()})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,15 +121,6 @@ def test_another_dtype_is_refused(tmp_path):
     assert re.search(
         r"model.0.weight +float32 \(4, 3\) +bfloat16 \(4, 3\)", refused(tmp_path, model(dtype=torch.bfloat16), None)
     )
-
-
-def test_an_object_in_place_of_a_tensor_is_refused(tmp_path):
-    net, _ = saved(tmp_path)
-    state = {key: x.detach() for key, x in net.state_dict(prefix="model.").items()} | {"model.0.bias": 1}
-    with pytest.warns(UserWarning, match=r"torch.distributed is disabled|existing checkpoint"):
-        dcp.save(state, checkpoint_id=tmp_path / "iter_0000005", no_dist=True)
-    edit_manifest(tmp_path, files={})
-    assert re.search(r"model.0.bias +a Python object +float32 \(4,\)", refused(tmp_path, net, None))
 
 
 def test_another_optimizer_is_refused_by_name_or_starts_fresh(tmp_path):
@@ -358,4 +273,4 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(world, t
     monkeypatch.undo()
     assert load(folder, model_chunks=run.chunks, optimizer=run.optimizer).step == 1
     torch.distributed.barrier()
-    assert sorted(path.name for path in folder.iterdir()) == ["iter_0000001", TRACKER]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "iter_0000001", TRACKER]

@@ -40,7 +40,8 @@ class Boxes(Tensor):
         return whole
 
     def __init__(self, shard: Tensor, layout: Layout) -> None:
-        self.boxes = cut(shard.detach(), layout)
+        self.shard, self.layout_of_shard = shard.detach(), layout
+        self.boxes = cut(self.shard, layout)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]

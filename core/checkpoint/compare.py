@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
@@ -33,6 +34,12 @@ class Mismatch:
     saved: str
     here: str
     kind: str
+
+
+def selection[T](by_key: Mapping[str, T], patterns: Iterable[str]) -> dict[str, T]:
+    """What is under a key, or all blocks of one, that a pattern matches."""
+    patterns = list(patterns)
+    return {key: x for key, x in by_key.items() if any(fnmatchcase(base_of(key)[0], pattern) for pattern in patterns)}
 
 
 def compare_tensors(here: Mapping[str, Tensor], saved: Mapping[str, STORAGE_TYPES], skip: set[str]) -> list[Mismatch]:

@@ -1,6 +1,7 @@
 """What a checkpoint is made of: a run's tensors under global names, and the settings of its optimizer."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -108,8 +109,8 @@ def process_groups(given: Any, optimizer: Optimizer | None) -> ProcessGroupColle
 
 def base_of(key: str) -> tuple[str, int]:
     """The key without the part that numbers a block, and the number of blocks; 0 for what is saved whole."""
-    base, _, block = key.partition(_BLOCK)
-    return base, int(block.rpartition("_")[2]) if block else 0
+    block = re.fullmatch(rf"(.+){_BLOCK}\d+_of_(\d+)", key)
+    return (block[1], int(block[2])) if block else (key, 0)
 
 
 def parameter_of(key: str) -> str:

@@ -1,18 +1,24 @@
 """Where checkpoints lie, and how one comes into sight: whole or not at all. Files only; one rank calls this."""
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from . import lock, sums
 from . import manifest as manifests
 from .manifest import Manifest
 from .ranks import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Holds the step of the newest complete checkpoint; Megatron's name."""
+MEGATRON = "metadata.json"
+"""By this Megatron-Core knows one of its own."""
+_MEGATRON_TEXT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+_STAGING, _REPLACED = ".tmp_", ".old_"
 
 
 def folder_of(step: int) -> str:
@@ -21,15 +27,16 @@ def folder_of(step: int) -> str:
 
 
 def begin(directory: Path, step: int) -> Path:
-    """A new folder beside the others to write a checkpoint into.
+    """A new folder beside the others to write a checkpoint into; clears away what interrupted saves left.
 
     Raises:
-        CheckpointError: when nothing can be written there.
+        CheckpointError: when nothing can be written there, or another job saves there.
     """
-    staging = directory / f".tmp_{folder_of(step)}"
+    staging = directory / f"{_STAGING}{folder_of(step)}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        discard(staging)
+        lock.hold(directory)
+        _tidy(directory)
         staging.mkdir()
     except (FileExistsError, NotADirectoryError):
         raise CheckpointError(f"cannot save to {directory}: that is a file, or below one; give a directory.") from None
@@ -40,7 +47,7 @@ def begin(directory: Path, step: int) -> Path:
     return staging
 
 
-def commit(staging: Path, manifest: Manifest, written: Iterable[str]) -> Path:
+def commit(staging: Path, manifest: Manifest, written: Mapping[str, str], keep: int | None = None) -> Path:
     """Make the complete checkpoint in ``staging`` the newest one.
 
     A crash before the first rename leaves the checkpoints as they were; one after it leaves this one complete.
@@ -48,14 +55,17 @@ def commit(staging: Path, manifest: Manifest, written: Iterable[str]) -> Path:
     Args:
         staging: From :func:`begin`.
         manifest: Written with the sizes of the files.
-        written: Names of the files that all ranks wrote.
+        written: Name → SHA-256 of the files that all ranks wrote.
+        keep: How many checkpoints to keep, this one among them; older ones are removed. None: all.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
         CheckpointError: when a file that another rank wrote is not there.
+        OSError: when a file cannot be written.
     """
+    _write(staging / MEGATRON, _MEGATRON_TEXT)
     sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
     if lost := sorted(set(written) - set(sizes)):
         raise CheckpointError(
@@ -63,88 +73,147 @@ def commit(staging: Path, manifest: Manifest, written: Iterable[str]) -> Path:
             f"that all ranks share."
         )
     _write(staging / manifests.NAME, replace(manifest, files=sizes).text())
+    mine = sums.digests(staging, {manifests.NAME, *sizes} - set(written))
+    _write(staging / sums.NAME, sums.text({**written, **mine}))
     _sync(staging)
     directory, name = staging.parent, folder_of(manifest.step)
-    final, replaced = directory / name, directory / f".old_{name}"
+    final, replaced = directory / name, directory / f"{_REPLACED}{name}"
     if final.exists():
-        discard(replaced)
         final.rename(replaced)
     staging.rename(final)
     _sync(directory)
-    tracker = directory / f".tmp_{TRACKER}"
+    tracker = directory / f"{_STAGING}{TRACKER}"
     _write(tracker, f"{manifest.step}")
     tracker.replace(directory / TRACKER)
     _sync(directory)
     discard(replaced)
+    if keep is not None:
+        _prune(directory, manifest.step, keep)
     return final
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder that may be there."""
-    if folder.exists():
-        shutil.rmtree(folder)
+def discard(path: Path) -> None:
+    """Remove a folder or a file that may be there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """Step of the newest complete checkpoint in ``directory``; None where nothing was ever saved.
-
-    Raises:
-        CheckpointError: when the file that says so is damaged.
-    """
-    tracker = Path(directory) / TRACKER
-    try:
-        text = tracker.read_text(errors="replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if not re.fullmatch(r"\d{1,18}", text):
-        raise CheckpointError(
-            f"{tracker} should hold the number of a step, but holds {text[:40]!r}; write the step of the folder "
-            f"iter_… to load into it{_among(Path(directory))}."
-        )
-    return int(text)
+    """Step of the newest checkpoint in ``directory``; None where nothing was ever saved."""
+    tracked = _tracked(Path(directory))
+    return tracked if isinstance(tracked, int) else max(_steps(Path(directory)), default=None)
 
 
-def open_checkpoint(directory: Path, step: int | None) -> tuple[Path, Manifest]:
-    """The folder of a complete checkpoint, and its manifest.
+def candidates(directory: Path, step: int | None) -> tuple[list[Path], list[str]]:
+    """Folders of checkpoints to load, best first, and what is wrong with those that should have been.
 
     Args:
         directory: What :func:`begin` was given.
-        step: None for the newest.
+        step: The only one to load; None for the newest, and those before it in case it is damaged.
 
     Raises:
-        CheckpointError: when there is none, or its manifest or the sizes of its files are not what was written.
+        CheckpointError: when there is none.
     """
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise CheckpointError(f"cannot load from {directory}: it {what}; give the directory that --save wrote to.")
-    if step is None:
-        step = latest_step(directory)
-    if step is None:
+    steps = _steps(directory)
+    if step is not None:
+        if step not in steps:
+            raise CheckpointError(f"no checkpoint of step {step} in {directory}{_among(steps)}.")
+        return [_folder(directory, step)], []
+    if not steps:
         if (directory / manifests.NAME).exists():
             raise CheckpointError(
                 f"{directory} is one checkpoint of several; give the directory above it, {directory.parent}."
             )
-        raise CheckpointError(f"no checkpoint in {directory}: there is no {TRACKER}, so no save was ever completed.")
-    # The second is the first, when a crash fell between the two renames of a step that was saved again.
-    folder = next((f for f in (directory / folder_of(step), directory / f".old_{folder_of(step)}") if f.exists()), None)
-    if folder is None:
-        raise CheckpointError(f"no checkpoint of step {step} in {directory}{_among(directory)}.")
+        raise CheckpointError(f"no checkpoint in {directory}: no save was ever completed there.")
+    tracked, problems = _tracked(directory), []
+    if isinstance(tracked, str):
+        problems.append(f"{directory / TRACKER} {tracked}")
+        tracked = max(steps)
+    elif tracked not in steps:
+        problems.append(f"{directory / TRACKER} names step {tracked}, which is not there")
+    # Newer ones belong to a run that was given up, unless there is nothing else.
+    chosen = [s for s in steps if s <= tracked] or steps
+    return [_folder(directory, s) for s in sorted(chosen, reverse=True)], problems
+
+
+def inspect(folder: Path) -> tuple[Manifest, dict[str, str]]:
+    """A checkpoint's manifest, and the digests of its files, whose sizes are found to be right.
+
+    Raises:
+        NewerFormatError: when a newer version of this package wrote it.
+        CheckpointError: when it is damaged, or another package wrote it.
+    """
     path = folder / manifests.NAME
     if not path.exists():
         raise CheckpointError(f"{folder} has no {manifests.NAME}: it was not written by this package, or is damaged.")
-    manifest = Manifest.parse(path.read_text(errors="replace"), str(path))
+    try:
+        written = sums.parse((folder / sums.NAME).read_text(errors="replace"))
+        if sums.wrong(folder, written, [manifests.NAME]):
+            raise CheckpointError(f"{path} is not what was written.")
+        manifest = Manifest.parse(path.read_text(), str(path))
+    except (ValueError, KeyError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{folder / sums.NAME} is damaged: {why}.") from None
+    if set(written) != {manifests.NAME, *manifest.files}:
+        raise CheckpointError(f"{folder / sums.NAME} and {manifests.NAME} name different files.")
     for name, size in manifest.files.items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(
-                f"{folder / name} {state}; {size} bytes were written. The checkpoint is damaged; load an older step."
-            )
-    return folder, manifest
+            raise CheckpointError(f"{folder / name} {state}; {size} bytes were written.")
+    if folder.name.removeprefix(_REPLACED) != folder_of(manifest.step):
+        raise CheckpointError(f"{folder} holds step {manifest.step}: folders were swapped or renamed.")
+    return manifest, written
 
 
-def _among(directory: Path) -> str:
-    steps = sorted(int(f.name[5:]) for f in directory.glob("iter_*") if f.name[5:].isdecimal())
+def _steps(directory: Path) -> list[int]:
+    """Of the checkpoints in sight, and of one that a crash between the two renames of a save of the same step left."""
+    names = {f.name.removeprefix(_REPLACED) for f in directory.glob("*iter_*") if not f.name.startswith(_STAGING)}
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,18}", name))
+
+
+def _folder(directory: Path, step: int) -> Path:
+    names = (folder_of(step), f"{_REPLACED}{folder_of(step)}")
+    return next(directory / name for name in names if (directory / name).exists())
+
+
+def _tracked(directory: Path) -> int | str:
+    """The step that the tracker names, or what is wrong with it."""
+    try:
+        text = (directory / TRACKER).read_text(errors="replace").strip()
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return (
+        int(text) if re.fullmatch(r"\d{1,18}", text) else f"should hold the number of a step, but holds {text[:40]!r}"
+    )
+
+
+def _tidy(directory: Path) -> None:
+    """Remove what interrupted saves left, and put back what one had moved away."""
+    for path in directory.glob(f"{_STAGING}*"):
+        discard(path)
+    for path in directory.glob(f"{_REPLACED}*"):
+        final = directory / path.name.removeprefix(_REPLACED)
+        if final.exists():
+            discard(path)
+        else:
+            path.rename(final)
+
+
+def _prune(directory: Path, step: int, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints up to ``step``; out of sight first, so that no half of one is seen."""
+    older = [s for s in _steps(directory) if s <= step][:-keep]
+    for path in (directory / folder_of(s) for s in older):
+        gone = path.rename(directory / f"{_STAGING}{path.name}")
+        discard(gone)
+
+
+def _among(steps: list[int]) -> str:
     return f"; there are steps {', '.join(map(str, steps))}" if steps else ""
 
 

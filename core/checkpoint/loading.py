@@ -1,7 +1,7 @@
 """Resuming a run."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
-from . import directory as folders
 from . import rng
-from .compare import compare_keys, compare_optimizers, compare_tensors, optimizer_rows, table
-from .contents import MODEL, STATE, Contents, Group, process_groups
+from .choosing import choose
+from .compare import compare_keys, compare_optimizers, compare_tensors, optimizer_rows, selection, table
+from .contents import MODEL, STATE, Contents, Group, parameter_of, process_groups
 from .manifest import Manifest
-from .ranks import CheckpointError, distributed, gather, on_first, rank, together
+from .ranks import CheckpointError, distributed, gather, rank, together
 from .reader import SafeReader
 from .saving import reasons, whereabouts
 
@@ -50,11 +50,12 @@ class Loaded:
         consumed_samples: Position in the data.
         schedule: As given to ``save``; None without one.
         extra: As given to ``save``.
-        optimizer_loaded: Whether the optimizer's state was loaded.
+        keys: Of the tensors that any rank loaded, without those of generators.
         rng_restored: Whether the random number generators go on where they were: only on the layout that was saved.
         differences: Optimizer settings that are not what they were.
         saved_layout: Name of a mesh axis → its size, in the run that saved.
         layout: The same of this run.
+        skipped: What is wrong with newer checkpoints, which were passed over.
     """
 
     path: Path
@@ -62,16 +63,23 @@ class Loaded:
     consumed_samples: int
     schedule: dict[str, Any] | None
     extra: dict[str, Any]
-    optimizer_loaded: bool
+    keys: tuple[str, ...]
     rng_restored: bool
     differences: tuple[Difference, ...]
     saved_layout: dict[str, int]
     layout: dict[str, int]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def optimizer_loaded(self) -> bool:
+        """Whether any state of the optimizer was loaded."""
+        return any(key.startswith(STATE) for key in self.keys)
 
     def notes(self) -> list[str]:
         """What a user should know, a line each."""
         saved, now = (" x ".join(f"{k} {n}" for k, n in layout.items()) for layout in (self.saved_layout, self.layout))
-        lines = [f"resumed from {self.path} at step {self.step}, saved on {saved}, now {now}"]
+        lines = [f"passed over: {problem}" for problem in self.skipped]
+        lines += [f"resumed from {self.path} at step {self.step}, saved on {saved}, now {now}"]
         if not self.optimizer_loaded:
             lines.append("the optimizer starts with fresh state")
         if not self.rng_restored:
@@ -90,21 +98,27 @@ def load(
     step: int | None = None,
     load_optimizer: bool = True,
     load_rng: bool = True,
+    only: Sequence[str] = (),
+    verify: bool = True,
     pg_collection: Any = None,
 ) -> Loaded:
     """Load a checkpoint into a run that is built and laid out already, in place.
 
     All ranks of the default process group call it. Overwrites parameters, persistent buffers and optimizer state; the
     settings of the optimizer stay. Compares everything before it touches anything, and executes no code that a checkpoint
-    may hold. The optimizer takes no step.
+    may hold. The optimizer takes no step. Where the newest checkpoint is damaged, the newest one that is not is loaded, with
+    a warning.
 
     Args:
         directory: What ``save`` was given.
         model_chunks: This rank's modules.
         optimizer: The optimizer that was saved.
-        step: Which checkpoint; None for the newest.
+        step: Which checkpoint, and no other; None for the newest.
         load_optimizer: False leaves the optimizer's state as it is; then any optimizer will do.
         load_rng: False leaves the random number generators as they are.
+        only: Patterns (``model.layers.0.*``) of the keys to load; everything else stays as it is, generators too. Keys are
+            ``model.<name>`` and ``optimizer.state.<slot>.<name>``. None given: all keys, and nothing may be missing or left over.
+        verify: False compares only the sizes of files with what was written, not their contents.
         pg_collection: Process groups; default: the optimizer's.
 
     Raises:
@@ -113,13 +127,18 @@ def load(
     pgs = process_groups(pg_collection, optimizer)
     wanted = optimizer if load_optimizer else None
     contents = together(lambda: Contents.of(model_chunks, wanted, pgs))
-    path, manifest = on_first(lambda: folders.open_checkpoint(Path(directory), step))
+    path, manifest, skipped = choose(Path(directory), step, verify=verify)
     reader = SafeReader(path)
-    metadata = together(reader.read_metadata)
-    _check(path, contents, manifest, metadata, with_state=wanted is not None)
-    layout, ranks = whereabouts(pgs)
+    saved = together(reader.read_metadata).state_dict_metadata
     tensors = dict(contents.tensors)
-    generators = _generators(metadata) if load_rng and manifest.ranks == ranks else None
+    if only:
+        tensors, saved = selection(tensors, only), selection(saved, only)
+        _check_patterns(only, [key for keys in gather(list(contents.tensors)) for key in keys])
+    keys = sorted({key for keys in gather(list(tensors)) for key in keys})
+    groups = [group for groups in gather(contents.groups) for group in groups]
+    _check(path, tensors, keys, groups, manifest, saved, whole=not only)
+    layout, ranks = whereabouts(pgs)
+    generators = _generators(saved) if load_rng and manifest.ranks == ranks else None
     if generators is not None:
         tensors[rng.key(rank())] = generators
     _read(tensors, reader)
@@ -131,30 +150,49 @@ def load(
         consumed_samples=manifest.consumed_samples,
         schedule=manifest.schedule,
         extra=manifest.extra,
-        optimizer_loaded=wanted is not None,
+        keys=tuple(keys),
         rng_restored=generators is not None,
         differences=_differences(contents.groups, manifest.groups),
         saved_layout=manifest.layout,
         layout=layout,
+        skipped=tuple(skipped),
     )
 
 
-def _check(path: Path, contents: Contents, manifest: Manifest, metadata: Metadata, *, with_state: bool) -> None:
-    saved = metadata.state_dict_metadata
-    groups = [group for groups in gather(contents.groups) for group in groups]
+def _check(
+    path: Path,
+    here: Mapping[str, Tensor],
+    keys: Sequence[str],
+    groups: Sequence[Group],
+    manifest: Manifest,
+    saved: Mapping[str, STORAGE_TYPES],
+    *,
+    whole: bool,
+) -> None:
+    with_state = {parameter_of(key) for key in keys if key.startswith(STATE)}
     changed = compare_optimizers(groups, manifest.groups) if with_state else {}
+    if not whole:
+        changed = {name: pair for name, pair in changed.items() if name in with_state}
     skip = set(changed)
-    mine = together(lambda: compare_tensors(contents.tensors, saved, skip))
+    mine = together(lambda: compare_tensors(here, saved, skip))
     rows = [row for rows in gather(mine) for row in rows] + optimizer_rows(changed)
-    keys = [key for keys in gather(list(contents.tensors)) for key in keys]
     rows += compare_keys(keys, saved, skip, (MODEL, STATE) if with_state else (MODEL,))
     if rows:
         raise CheckpointError(table(str(path), rows))
 
 
-def _generators(metadata: Metadata) -> Tensor | None:
+def _check_patterns(only: Sequence[str], keys: Sequence[str]) -> None:
+    if idle := [pattern for pattern in only if not selection(dict.fromkeys(keys), [pattern])]:
+        some = ", ".join(sorted(keys)[:3])
+        raise CheckpointError(
+            f"no key of this run matches {', '.join(map(repr, idle))}; nothing was loaded. Keys are like {some}; * stands for "
+            f"any characters."
+        )
+
+
+def _generators(saved: Mapping[str, STORAGE_TYPES]) -> Tensor | None:
     """Memory for this rank's generators, whose size is that of the saved text."""
-    found = metadata.state_dict_metadata.get(rng.key(rank()))
+    found = saved.get(rng.key(rank()))
     return torch.empty(found.size, dtype=torch.uint8) if isinstance(found, TensorStorageMetadata) else None
 
 

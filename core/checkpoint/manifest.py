@@ -1,5 +1,6 @@
 """What a checkpoint says of itself: ``shardstep.json`` beside the tensors."""
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterable
@@ -10,11 +11,19 @@ from typing import Any
 import torch
 
 from .contents import Group
-from .ranks import CheckpointError
+from .ranks import CheckpointError, NewerFormatError
 
 NAME = "shardstep.json"
-FORMAT = 1
+FORMAT = 2
 """Raised when a reader of the number before could not read what is written."""
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("step", "consumed_samples", "format"), int),
+    **dict.fromkeys(("layout", "extra", "files", "versions"), dict),
+    **dict.fromkeys(("ranks", "optimizers", "groups"), list),
+    "schedule": dict | None,
+    "config": str,
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class Manifest:
         groups: Their settings and parameters, those of all pipeline stages together.
         schedule: State of the learning-rate schedule, as given.
         extra: Whatever else was given.
-        files: Name → bytes of every other file.
+        files: Name → bytes of every file but this one and the digests.
+        config: Digest of optimizers, groups and their settings: equal in runs that are set up alike, on any layout.
         versions: Of the packages that wrote it.
         format: See ``FORMAT``.
     """
@@ -44,6 +54,7 @@ class Manifest:
     schedule: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
+    config: str = ""
     versions: dict[str, str] = field(default_factory=lambda: {"python": platform.python_version(), **_packages()})
     format: int = FORMAT
 
@@ -56,25 +67,30 @@ class Manifest:
         """Inverse of :meth:`text`.
 
         Raises:
-            CheckpointError: when ``text`` is of a newer format, or is no manifest; names ``where``.
+            NewerFormatError: when ``text`` is of a newer format; names ``where``.
+            CheckpointError: when it is of an older one, or is no manifest.
         """
         try:
             given = json.loads(text)
             written = int(given["format"])
         except (ValueError, KeyError, TypeError):
-            raise CheckpointError(
-                f"{where} is damaged: it is not the JSON that a save writes; load an older step."
-            ) from None
+            raise CheckpointError(f"{where} is damaged: it is not the JSON that a save writes.") from None
         if written > FORMAT:
-            raise CheckpointError(
+            raise NewerFormatError(
                 f"{where} has format {written}, but this version of shardstep reads formats up to {FORMAT}; it was written by "
                 f"{given.get('versions', 'a newer one')}. Update shardstep."
             )
+        if written < FORMAT:
+            raise CheckpointError(
+                f"{where} has format {written}, which had no digests and is read no more; save again."
+            )
         try:
             known = {f.name: given[f.name] for f in fields(cls)}
+            if odd := [name for name, kind in _KINDS.items() if not isinstance(known[name], kind)]:
+                raise TypeError(", ".join(odd))
             return cls(**{**known, "groups": [Group(**group) for group in known["groups"]]})
-        except (KeyError, TypeError) as missing:
-            raise CheckpointError(f"{where} is damaged: {missing} is missing or wrong; load an older step.") from None
+        except (KeyError, TypeError) as wrong:
+            raise CheckpointError(f"{where} is damaged: {wrong} is missing or wrong.") from None
 
 
 def merge_groups(groups: Iterable[Group]) -> list[Group]:
@@ -86,6 +102,12 @@ def merge_groups(groups: Iterable[Group]) -> list[Group]:
         )
         same.parameters.extend(group.parameters)
     return [Group(g.optimizer, g.settings, list(dict.fromkeys(g.parameters))) for g in merged.values()]
+
+
+def config_digest(groups: Iterable[Group]) -> str:
+    """SHA-256 of optimizers, settings and names of parameters, whatever their order."""
+    rows = sorted((g.optimizer, json.dumps(g.settings, sort_keys=True), sorted(g.parameters)) for g in groups)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def json_copy(name: str, value: Any) -> Any:

@@ -5,9 +5,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+type Group = dist.ProcessGroup | None
+"""Of the ranks that settle something; None: the default process group."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read: what was found, what is possible, what to do. Raised on all ranks."""
+
+
+class NewerFormatError(CheckpointError):
+    """A newer version wrote it; nothing is wrong with it."""
 
 
 def distributed() -> bool:
@@ -20,30 +27,30 @@ def rank() -> int:
     return dist.get_rank() if distributed() else 0
 
 
-def gather[T](value: T) -> list[T]:
+def gather[T](value: T, group: Group = None) -> list[T]:
     """``value`` of every rank, in rank order; it is pickled."""
     if not distributed():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
     return values
 
 
-def together[T](do: Callable[[], T]) -> T:
+def together[T](do: Callable[[], T], group: Group = None) -> T:
     """This rank's ``do()``; when it fails on any rank, all of them raise.
 
     Raises:
         CheckpointError: with the text of the failures and the ranks they happened on.
     """
     result, failure = _attempt(do)
-    failures = gather(failure and _text(failure))
+    failures = gather(failure and _text(failure), group)
     if any(failures):
         raise CheckpointError(_merge(failures)) from failure
     # One that did not fail has a result.
     return result  # type: ignore[return-value]
 
 
-def on_first[T](do: Callable[[], T]) -> T:
+def on_first[T](do: Callable[[], T], group: Group = None) -> T:
     """``do()`` of rank 0, on every rank.
 
     Raises:
@@ -52,7 +59,7 @@ def on_first[T](do: Callable[[], T]) -> T:
     result, failure = _attempt(do) if rank() == 0 else (None, None)
     answer: list[Any] = [(result, failure and _text(failure))]
     if distributed():
-        dist.broadcast_object_list(answer, src=0)
+        dist.broadcast_object_list(answer, src=0, group=group)
     result, problem = answer[0]
     if problem:
         raise CheckpointError(problem) from failure

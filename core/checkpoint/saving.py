@@ -8,17 +8,23 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection
 from . import directory as folders
-from . import rng
+from . import rng, sums
+from .background import Background
 from .contents import Contents, process_groups
-from .manifest import Manifest, json_copy, merge_groups
-from .ranks import CheckpointError, distributed, gather, on_first, rank, together
+from .manifest import Manifest, config_digest, json_copy, merge_groups
+from .ranks import CheckpointError, Group, distributed, gather, on_first, rank, together
+
+COMMON = "common_state/shard_0_1"
+"""Key of what Megatron-Core keeps besides tensors. This package reads nothing from it."""
+SMALLEST_KEEP = 2
+"""With a single checkpoint there is none to go back to when it is damaged."""
 
 
 def save(
@@ -31,14 +37,17 @@ def save(
     schedule: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     pg_collection: Any = None,
+    keep: int | None = None,
+    background: Background | None = None,
 ) -> Path:
     """Write a checkpoint that :func:`load` reads on any layout, and plain ``torch.distributed.checkpoint`` as whole tensors.
 
     All ranks of the default process group call it. The checkpoint comes into sight, and becomes the newest one, when it is
-    complete on all of them; until then ``directory`` is as before. Mutates nothing of the run.
+    complete on all of them; until then ``directory`` is as before. Mutates nothing of the run. Megatron-Core's
+    ``dist_checkpointing`` reads it too (format ``torch_dist``).
 
     Args:
-        directory: Made when it is not there; on a file system that all ranks share.
+        directory: Made when it is not there; on a file system that all ranks share. One job at a time saves there.
         step: Finished steps.
         model_chunks: This rank's modules; names of parameters and buffers must be global.
         optimizer: An optimizer of this package, or a chain of them.
@@ -46,20 +55,27 @@ def save(
         schedule: State of the learning-rate schedule; what JSON can hold.
         extra: Anything else to have back; what JSON can hold.
         pg_collection: Process groups; default: the optimizer's.
+        keep: How many checkpoints stay, the newest ones up to ``step``; at least 2. None: all.
+        background: Writes while training goes on: this returns when everything is copied, and ``background.wait()`` when the
+            checkpoint is complete. Waits first for the save that it is at.
 
     Returns:
         The checkpoint's folder, ``directory/iter_0000100``.
 
     Raises:
-        CheckpointError: on all ranks, when it fails on any.
+        CheckpointError: on all ranks, when it fails on any; also when the save before it, in the background, has failed.
     """
+    if background:
+        background.wait()
     pgs = process_groups(pg_collection, optimizer)
     contents = together(lambda: Contents.of(model_chunks, optimizer, pgs))
     layout, ranks = whereabouts(pgs)
     groups = merge_groups(group for groups in gather(contents.groups) for group in groups)
 
-    manifest = together(
-        lambda: Manifest(
+    def describe() -> Manifest:
+        if keep is not None and keep < SMALLEST_KEEP:
+            raise ValueError(f"keep is {keep}; keep at least {SMALLEST_KEEP} checkpoints, or None for all.")
+        return Manifest(
             step=step,
             consumed_samples=consumed_samples,
             layout=layout,
@@ -68,17 +84,17 @@ def save(
             groups=groups,
             schedule=json_copy("schedule", None if schedule is None else dict(schedule)),
             extra=json_copy("extra", dict(extra or {})),
+            config=config_digest(groups),
         )
-    )
+
+    manifest = together(describe)
     staging = on_first(lambda: folders.begin(Path(directory), step))
-    try:
-        metadata = _write(contents.tensors | {rng.key(rank()): rng.pack()}, staging)
-        written = {info.relative_path for info in metadata.storage_data.values()}
-        return on_first(lambda: folders.commit(staging, manifest, written))
-    except CheckpointError:
-        if rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
+    tensors = contents.tensors | {rng.key(rank()): rng.pack()}
+    if background is None:
+        return _write(tensors, staging, manifest, keep)
+    group, copies = background.group, background.copy(tensors)
+    background.start(lambda: _write(copies, staging, manifest, keep, group))
+    return staging.with_name(folders.folder_of(step))
 
 
 def whereabouts(pgs: ProcessGroupCollection) -> tuple[dict[str, int], list[list[int]]]:
@@ -87,18 +103,47 @@ def whereabouts(pgs: ProcessGroupCollection) -> tuple[dict[str, int], list[list[
     return {axis.name: axis.size for axis in axes}, gather([axis.index for axis in axes])
 
 
-def _write(tensors: dict[str, Tensor], staging: Path) -> Metadata:
-    writer = FileSystemWriter(staging)
+def _write(
+    tensors: Mapping[str, Tensor], staging: Path, manifest: Manifest, keep: int | None, group: Group = None
+) -> Path:
+    """Files first, then their digests, each rank's by itself, then the names by which they are found."""
+    try:
+        _write_tensors(tensors, staging, manifest.step, group)
+        mine = together(lambda: sums.digests(staging, [file.name for file in staging.glob(f"__{rank()}_*")]), group)
+        written = {name: digest for of_rank in gather(mine, group) for name, digest in of_rank.items()}
+        return on_first(lambda: _commit(staging, manifest, written, keep), group)
+    except CheckpointError:
+        if rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], staging: Path, step: int, group: Group) -> None:
+    contents: dict[str, Any] = {**tensors, COMMON: [{"iteration": step}]}
     try:
         with warnings.catch_warnings():
             # One process is not a mistake.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            metadata: Metadata = dcp_save(tensors, storage_writer=writer, no_dist=not distributed())
+            dcp_save(
+                contents,
+                storage_writer=FileSystemWriter(staging),
+                planner=DefaultSavePlanner(flatten_state_dict=False),
+                process_group=group,
+                no_dist=not distributed(),
+            )
     except CheckpointException as error:
         raise CheckpointError(
             f"cannot save to {staging.parent}: {reasons(error)}. Earlier checkpoints are as they were."
         ) from None
-    return metadata
+
+
+def _commit(staging: Path, manifest: Manifest, written: dict[str, str], keep: int | None) -> Path:
+    try:
+        return folders.commit(staging, manifest, written, keep)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot save to {staging.parent}: {error.strerror}. Earlier checkpoints are as they were."
+        ) from None
 
 
 def reasons(error: CheckpointException) -> str:
