@@ -66,7 +66,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "manifest is cut": (
         lambda d: (d / "iter_0000005" / NAME).write_text('{"form'),
-        "shardstep.json is not what was written",
+        "shardstep.json is not what SHA256SUMS says",
     ),
     "manifest is a list": (
         lambda d: (forge(d), (d / "iter_0000005" / NAME).write_text("[]"), resum(d)),

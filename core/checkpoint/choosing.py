@@ -32,7 +32,7 @@ def choose(directory: Path, step: int | None, *, verify: bool) -> tuple[Path, Ma
             problems.append(problem)
             continue
         if problems and rank() == 0:
-            warnings.warn(f"{'; '.join(problems)}. Loading {folder} instead.", stacklevel=3)
+            warnings.warn(f"{' '.join(problems)} Loading {folder} instead.", stacklevel=3)
         return folder, manifest, problems
     advice = "load another step" if step is not None else "none is whole"
     raise CheckpointError(f"cannot load from {directory}: {advice}. " + " ".join(problems))

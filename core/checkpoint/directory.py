@@ -132,10 +132,10 @@ def candidates(directory: Path, step: int | None) -> tuple[list[Path], list[str]
         raise CheckpointError(f"no checkpoint in {directory}: no save was ever completed there.")
     tracked, problems = _tracked(directory), []
     if isinstance(tracked, str):
-        problems.append(f"{directory / TRACKER} {tracked}")
+        problems.append(f"{directory / TRACKER} {tracked}.")
         tracked = max(steps)
     elif tracked not in steps:
-        problems.append(f"{directory / TRACKER} names step {tracked}, which is not there")
+        problems.append(f"{directory / TRACKER} names step {tracked}, which is not there.")
     # Newer ones belong to a run that was given up, unless there is nothing else.
     chosen = [s for s in steps if s <= tracked] or steps
     return [_folder(directory, s) for s in sorted(chosen, reverse=True)], problems
@@ -154,7 +154,7 @@ def inspect(folder: Path) -> tuple[Manifest, dict[str, str]]:
     try:
         written = sums.parse((folder / sums.NAME).read_text(errors="replace"))
         if sums.wrong(folder, written, [manifests.NAME]):
-            raise CheckpointError(f"{path} is not what was written.")
+            raise CheckpointError(f"{path} is not what {sums.NAME} says.")
         manifest = Manifest.parse(path.read_text(), str(path))
     except (ValueError, KeyError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else error

@@ -132,18 +132,22 @@ def _write_tensors(tensors: Mapping[str, Tensor], staging: Path, step: int, grou
                 no_dist=not distributed(),
             )
     except CheckpointException as error:
-        raise CheckpointError(
-            f"cannot save to {staging.parent}: {reasons(error)}. Earlier checkpoints are as they were."
-        ) from None
+        raise _cannot_save(staging.parent, reasons(error)) from None
 
 
 def _commit(staging: Path, manifest: Manifest, written: dict[str, str], keep: int | None) -> Path:
     try:
         return folders.commit(staging, manifest, written, keep)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot save to {staging.parent}: {error.strerror}. Earlier checkpoints are as they were."
-        ) from None
+        raise _cannot_save(staging.parent, error.strerror) from None
+
+
+def _cannot_save(directory: Path, why: str | None) -> CheckpointError:
+    # torch does not always say that a disk is full.
+    free = shutil.disk_usage(directory).free / 1e6
+    return CheckpointError(
+        f"cannot save to {directory}, with {free:.1f} MB free there: {why}. Earlier checkpoints are as they were."
+    )
 
 
 def reasons(error: CheckpointException) -> str:
