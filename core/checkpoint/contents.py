@@ -43,7 +43,7 @@ class Contents:
 
     Attributes:
         tensors: Key → shard, to save or to load into. Keys are ``model.<name>``, ``optimizer.state.<slot>.<name>``, and
-            ``optimizer.state.<slot>.<name>/shard_<i>_of_<n>`` for state that belongs to one of several blocks of it.
+            ``optimizer.state.<slot>.<name>/shard_<i>_of_<n>_at_<ranges>`` for state that belongs to one of several blocks of it.
         groups: One for each parameter group.
     """
 
@@ -109,7 +109,7 @@ def process_groups(given: Any, optimizer: Optimizer | None) -> ProcessGroupColle
 
 def base_of(key: str) -> tuple[str, int]:
     """The key without the part that numbers a block, and the number of blocks; 0 for what is saved whole."""
-    block = re.fullmatch(rf"(.+){_BLOCK}\d+_of_(\d+)", key)
+    block = re.fullmatch(rf"(.+){_BLOCK}\d+_of_(\d+)(?:_at_[^/]+)?", key)
     return (block[1], int(block[2])) if block else (key, 0)
 
 
@@ -137,7 +137,12 @@ def _block(layout: Layout) -> str:
     index = 0
     for axis in layout.axes:
         index = index * axis.size + axis.index
-    return f"{_BLOCK}{index}_of_{prod(axis.size for axis in layout.axes)}" if layout.axes else ""
+    # Blocks of one size may be of other rows: those of a strided cut, or of the other dim.
+    held = [
+        "+".join(f"{lo}-{hi}" for lo, hi in split.held[split.axis.index]) if split else "all" for split in layout.splits
+    ]
+    at = f"{index}_of_{prod(axis.size for axis in layout.axes)}_at_{','.join(held)}"
+    return f"{_BLOCK}{at}" if layout.axes else ""
 
 
 def _settings(member: Optimizer, group: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 
@@ -19,11 +19,16 @@ FORMAT = 2
 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("step", "consumed_samples", "format"), int),
-    **dict.fromkeys(("layout", "extra", "files", "versions"), dict),
-    **dict.fromkeys(("ranks", "optimizers", "groups"), list),
+    **dict.fromkeys(("layout", "files"), dict[str, int]),
+    "versions": dict[str, str],
+    "ranks": list[list[int]],
+    "optimizers": list[str],
+    "groups": list[Group],
+    "extra": dict,
     "schedule": dict | None,
     "config": str,
 }
+_KINDS_OF_GROUP: dict[str, Any] = {"optimizer": str, "settings": dict, "parameters": list[str]}
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Manifest:
         try:
             given = json.loads(text)
             written = int(given["format"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise CheckpointError(f"{where} is damaged: it is not the JSON that a save writes.") from None
         if written > FORMAT:
             raise NewerFormatError(
@@ -86,9 +91,10 @@ class Manifest:
             )
         try:
             known = {f.name: given[f.name] for f in fields(cls)}
-            if odd := [name for name, kind in _KINDS.items() if not isinstance(known[name], kind)]:
+            known["groups"] = [Group(**group) for group in known["groups"]]
+            if odd := [name for name, kind in _KINDS.items() if not _is(known[name], kind)]:
                 raise TypeError(", ".join(odd))
-            return cls(**{**known, "groups": [Group(**group) for group in known["groups"]]})
+            return cls(**known)
         except (KeyError, TypeError) as wrong:
             raise CheckpointError(f"{where} is damaged: {wrong} is missing or wrong.") from None
 
@@ -122,6 +128,20 @@ def json_copy(name: str, value: Any) -> Any:
         raise ValueError(
             f"{name} cannot be saved: {error}. A checkpoint holds no Python objects; give numbers, text, lists and dicts."
         ) from None
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether what JSON gave is of ``kind``; numbers count something."""
+    of = get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(x, of[0]) for x in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_is(x, of[1]) for x in value.values())
+    if kind is int:
+        return type(value) is int and value >= 0
+    if kind is Group:
+        return all(_is(getattr(value, name), of_group) for name, of_group in _KINDS_OF_GROUP.items())
+    return isinstance(value, kind)
 
 
 def _packages() -> dict[str, str]:

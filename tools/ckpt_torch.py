@@ -1,0 +1,231 @@
+"""A checkpoint from a file of ``torch.save``, and such a file from a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.checkpoint import CheckpointError
+from core.checkpoint.contents import MODEL, STATE, Group, base_of, parameter_of
+from core.checkpoint.manifest import Manifest, config_digest, json_copy
+
+from .ckpt_source import Source, count, harmless
+from .ckpt_write import Writer
+from .usage import UsageError
+
+SLOTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""State of torch's optimizers that means the same here."""
+ONE_PROCESS: dict[str, Any] = {"layout": {"pp": 1, "dp": 1, "tp": 1}, "ranks": [[0, 0, 0]]}
+
+
+def from_torch(path: Path, directory: str, files: int) -> tuple[Path, list[str]]:
+    """Write what ``path`` holds, ``{"model": state_dict, "optimizer": state_dict}`` or a state_dict alone.
+
+    Returns:
+        The new folder, and notes on what is not in it.
+
+    Raises:
+        CheckpointError: The file could execute code, or is none of these, or its optimizer is not one whose state is known.
+    """
+    if not path.is_file():
+        raise UsageError("SRC", path, "is not a file", possible="what torch.save wrote")
+    given = harmless(path, str(path))
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"{path} holds a {type(given).__name__}; a state_dict is needed.")
+    alone = not isinstance(given.get("model"), Mapping)
+    model, said = (given, {}) if alone else (given["model"], given)
+    if odd := [str(name) for name, x in model.items() if not _is_dense(x) or not isinstance(name, str)]:
+        raise CheckpointError(
+            f"{path}: {', '.join(odd[:3])} of the model is no ordinary tensor; a state_dict is needed."
+        )
+    model, tied = _once(model)
+    optimizer = said.get("optimizer")
+    groups, state = ([], {}) if optimizer is None else _optimizer(optimizer, model, str(path))
+    steps = [count(x, key) for key, x in state.items() if key.startswith(f"{STATE}step.")]
+    step = count(said.get("step", max(steps, default=0)), f"step of {path}")
+    with Writer(directory, step, files) as writer:
+        for name, x in model.items():
+            writer.add(f"{MODEL}{name}", x)
+        for key, x in state.items():
+            writer.add(key, x)
+        writer.add_common({"iteration": step})
+        made = writer.commit(
+            Manifest(
+                step=step,
+                consumed_samples=count(said.get("consumed_samples", 0), f"consumed_samples of {path}"),
+                optimizers=sorted({group.optimizer for group in groups}),
+                groups=groups,
+                schedule=_entries(said, "schedule", path),
+                extra=_entries(said, "extra", path) or {},
+                config=config_digest(groups),
+                **ONE_PROCESS,
+            )
+        )
+    return made, [f"{other} is {name}, and is written once" for other, name in tied.items()]
+
+
+def to_torch(source: Source, path: Path) -> list[str]:
+    """Write all of a checkpoint as one file, state by name of its parameter; what was left out.
+
+    ``torch.load(weights_only=True)`` reads it. The whole of it is in memory at a time.
+
+    Raises:
+        UsageError: ``path`` is there already.
+    """
+    if path.exists():
+        raise UsageError("DST", path, "is there already", hint="give the name of a new file")
+    model: dict[str, Tensor] = {}
+    state: dict[str, dict[str, Tensor]] = {}
+    left_out = list(source.reader.objects())
+    for key in source.reader.tensors():
+        if key.startswith(MODEL):
+            model[key.removeprefix(MODEL)] = source.reader.whole(key)
+        elif key.startswith(STATE) and base_of(key) == (key, 0):
+            name = parameter_of(key)
+            slot = key.removeprefix(STATE).removesuffix(f".{name}")
+            state.setdefault(name, {})[slot] = source.reader.whole(key)
+        else:
+            left_out.append(key)
+    said = source.manifest
+    groups = [{"params": g.parameters, "optimizer": g.optimizer, **g.settings} for g in said.groups]
+    whole = {
+        "model": model,
+        "optimizer": {"state": state, "param_groups": groups},
+        **{name: getattr(said, name) for name in ("step", "consumed_samples", "schedule", "extra")},
+    }
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        torch.save(whole, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter when a disk is full
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from None
+    return left_out
+
+
+def _once(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that are not another one under a second name, and the second name → the first of those that are."""
+    first: dict[Any, str] = {}
+    tied = {}
+    for name, x in model.items():
+        place: Any = (x.data_ptr(), x.dtype, x.shape, x.stride()) if x.numel() else name
+        if first.setdefault(place, name) != name:
+            tied[name] = first[place]
+    return {name: x for name, x in model.items() if name not in tied}, tied
+
+
+def _optimizer(given: Any, model: Mapping[str, Tensor], where: str) -> tuple[list[Group], dict[str, Tensor]]:
+    """Groups, and key → state, of the state_dict of one of torch's optimizers, or of what :func:`to_torch` wrote."""
+    if not _is_state_dict(given):
+        raise CheckpointError(f'{where}: "optimizer" is not the state_dict of an optimizer.')
+    listed = given["param_groups"]
+    names = _names(listed, model, where)
+    groups = []
+    for group in listed:
+        settings = {
+            name: x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
+            for name, x in group.items()
+            if name not in ("params", "param_names", "optimizer")
+        }
+        plain = _plain(settings, "settings", where)
+        groups.append(Group(_class(group, where), plain, [names[i] for i in group["params"]]))
+    ours = all("optimizer" in group for group in listed)  # then any slot is one of ours, of any shape
+    out = {}
+    for i, of_parameter in given["state"].items():
+        for slot, x in of_parameter.items():
+            if x is None:
+                continue  # SGD's without momentum
+            name = names.get(i)
+            if name is None or not _is_dense(x) or not (ours or slot in SLOTS):
+                raise CheckpointError(
+                    f"{where}: {slot} of parameter {i} is not known; possible: {', '.join(SLOTS)}, tensors of parameters "
+                    f"that are in a group."
+                )
+            if slot != "step" and not ours and x.shape != model[name].shape:
+                raise CheckpointError(
+                    f"{where}: {slot} of parameter {i} is {tuple(x.shape)}, but {name} is {tuple(model[name].shape)}: the "
+                    f"optimizer was not made from parameters in the order of this model."
+                )
+            out[f"{STATE}{slot}.{name}"] = x
+    return groups, out
+
+
+def _is_state_dict(given: Any) -> bool:
+    def is_dict(x: Any, kind: Any = str) -> bool:
+        return isinstance(x, dict) and all(isinstance(key, kind) for key in x)
+
+    def is_group(group: Any) -> bool:
+        if not is_dict(group) or not isinstance(group.get("params"), list):
+            return False
+        ids, names = group["params"], group.get("param_names", [""] * len(group["params"]))
+        return all(isinstance(i, int | str) for i in ids) and isinstance(names, list) and len(names) == len(ids)
+
+    return (
+        is_dict(given)
+        and isinstance(given.get("param_groups"), list)
+        and all(map(is_group, given["param_groups"]))
+        and is_dict(given.get("state"), int | str)
+        and all(map(is_dict, given["state"].values()))
+    )
+
+
+def _is_dense(x: Any) -> bool:
+    """Whether ``x`` is an ordinary tensor that has its values."""
+    kept = isinstance(x, Tensor) and x.layout is torch.strided and x.device.type == "cpu"
+    return kept and not x.is_quantized and not x.is_nested
+
+
+def _entries(said: Mapping[str, Any], name: str, path: Path) -> dict[str, Any] | None:
+    value = said.get(name)
+    return None if value is None else _plain(value, name, str(path))
+
+
+def _plain(value: Any, name: str, where: str) -> dict[str, Any]:
+    try:
+        copy = json_copy(name, value)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    if not isinstance(copy, dict):
+        raise CheckpointError(f"{where}: {name} is a {type(copy).__name__}; a dict is needed.")
+    return copy
+
+
+def _names(listed: Sequence[Mapping[str, Any]], model: Mapping[str, Tensor], where: str) -> dict[int | str, str]:
+    """Number of a parameter, as the state_dict of an optimizer counts → its name."""
+    names: dict[int | str, str] = {}
+    for group in listed:
+        ids = group["params"]
+        if all(isinstance(i, str) for i in ids):
+            names |= {i: i for i in ids}
+        elif "param_names" in group:
+            names |= dict(zip(ids, group["param_names"], strict=True))
+        elif len(listed) == 1 and len(ids) == len(model):
+            names |= dict(zip(ids, model, strict=True))
+        else:
+            count = sum(len(group["params"]) for group in listed)
+            raise CheckpointError(
+                f"{where}: the optimizer counts its {count} parameters in {len(listed)} groups, and which of the model's "
+                f"{len(model)} tensors they are is not said. Give names to the optimizer (model.named_parameters()) before it "
+                f"is saved, or convert the model alone."
+            )
+    if lost := [name for name in names.values() if not isinstance(name, str) or name not in model]:
+        raise CheckpointError(f"{where}: the optimizer has {lost[0]}, which is not in the model.")
+    return names
+
+
+def _class(group: Mapping[str, Any], where: str) -> str:
+    """The class of this package that does what the group's optimizer did, told by the settings that only it has."""
+    if isinstance(group.get("optimizer"), str):
+        return str(group["optimizer"])
+    if "ns_steps" in group:
+        return "TensorParallelMuon"
+    if "dampening" in group:
+        return "SGD"
+    if "amsgrad" in group and "decoupled_weight_decay" in group and not group["amsgrad"]:
+        return "AdamW" if group["decoupled_weight_decay"] else "Adam"
+    raise CheckpointError(
+        f"{where}: an optimizer with the settings {', '.join(sorted(group))} is not known; possible: torch's Adam and AdamW "
+        f"without amsgrad, SGD and Muon. Convert the model alone."
+    )
