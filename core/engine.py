@@ -29,6 +29,9 @@ SMALLEST_WAVE = {"cpu": 2**20}
 DEPTH = 3
 """Waves of 16-bit entries that may be in memory: one travels in, one is worked on, one travels back. Of wider ones, one less."""
 
+watch: Callable[[str], None] | None = None
+"""Told what each collective is for as it starts, the label of its first work, by whoever looks for ranks that hang."""
+
 
 class Work(NamedTuple):
     """A rule and what the engine must know to put it in a wave.
@@ -262,6 +265,8 @@ class _Wave:
 
     @staticmethod
     def _post(batch: list[_Pending], start: Callable[[list[_Pending]], Callable[[], list[Any]]]) -> Callable[[], None]:
+        if watch is not None:
+            watch(batch[0].label)
         arrive = start(batch)
         # Not the requests: what they hold is in the buffers now.
         answers = [pending.answer for pending in batch]

@@ -24,7 +24,9 @@ LAYERS = (
     {"cost_model", "engine", "precision"},
     {"auto_mode", "machine", "state"},
     {"optimizer"},
-    {"checkpoint", "megatron"},
+    {"checkpoint", "faults"},
+    {"megatron"},
+    {"megatron_hook"},
 )
 LAYER = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 

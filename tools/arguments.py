@@ -34,6 +34,7 @@ def _coefficient_sets() -> list[str]:
     return [name for name in get_supported_coefficient_types() if name != "custom"]
 
 
+SPIKE = "a factor above 1, like 3"
 BETAS = "one number a flag: --adam-beta1 0.9 --adam-beta2 0.95"
 
 
@@ -105,6 +106,12 @@ class Arguments:
     )
     pipeline_schedule: str | None = text(None, "default: 1f1b, or interleaved", SCHEDULES)
     distributed_backend: str | None = text(None, "default: nccl where there is a GPU", ("gloo", "nccl"))
+    distributed_timeout_minutes: float = number(
+        10.0,
+        "time after which a collective that a rank is missing from is an error",
+        POSITIVE,
+        hint="fractions are possible",
+    )
     overlap_optimizer_with_backward: bool = switch(
         False, "step Muon's matrices of owner mode as their gradients come; needs --clip-grad 0 and no pipeline"
     )
@@ -112,10 +119,44 @@ class Arguments:
     fp16: bool = switch(False, "refused: there is no loss scaler")
     use_triton: bool = switch(False, "refused: there are no Triton kernels yet")
 
+    # faults, and leaving early
+    on_non_finite: str = text(
+        "error", "a gradient or loss that is not finite stops the run, or its step is left out", ("error", "skip")
+    )
+    skip_loss_spike: float = number(
+        0.0, "leave out steps whose loss is above so many times its running median; 0: none", NOT_NEGATIVE, hint=SPIKE
+    )
+    skip_grad_norm_spike: float = number(
+        0.0,
+        "leave out steps whose gradient norm is above so many times its running median; 0: none",
+        NOT_NEGATIVE,
+        hint=SPIKE,
+    )
+    spike_window: int = count(
+        64, "steps that the running medians run over; until there are so many, nothing is a spike"
+    )
+    max_skipped_steps: int = count(10, "steps left out in a row that stop the run")
+    check_state_interval: int = count(
+        0, "steps between checks that weights and state are finite; 0: only before they are saved", at_least=0
+    )
+    exit_signal_handler: bool = switch(False, "on SIGTERM or SIGUSR1, save and exit after the step")
+    exit_duration_in_mins: float = number(
+        0.0, "save and exit after so many minutes; 0: never", NOT_NEGATIVE, hint="60 is an hour"
+    )
+    exit_interval: int | None = count(None, "save and exit after a step that is a multiple of it (default: never)")
+
     # files
     save: str | None = text(None, "directory to write checkpoints to")
     load: str | None = text(None, "directory to resume from, on any layout")
     save_interval: int | None = count(None, "steps between checkpoints (default: only at the end)")
+    async_save: bool = switch(False, "write checkpoints while training goes on")
+    keep_checkpoints: int | None = count(None, "checkpoints to keep, the newest (default: all)", at_least=2)
+    ckpt_step: int | None = count(None, "step to resume from (default: the newest)", at_least=0)
+    load_optim: bool = switch(True, "resume with the optimizer's state; the one saved must be the one here")
+    load_rng: bool = switch(True, "resume with the random states, on the layout that was saved")
+    load_only: tuple[str, ...] = words("patterns of the keys to load, like model.layers.0.*; the run begins at step 0")
+    finetune: bool = switch(False, "load the weights only and begin at step 0")
+    verify_checkpoint: bool = switch(True, "compare the contents of a checkpoint's files with their digests")
     ckpt_format: str = text("torch_dist", "format of checkpoints", ("torch_dist",))
     log_dir: str | None = text(None, "directory of log.csv and log.jsonl")
     log_interval: int = count(1, "steps between logged lines")

@@ -25,6 +25,7 @@ class Launch:
     master_addr: str | None = None
     master_port: int | None = None
     agent_store: bool = False  # torchrun's agent already holds the store, and with it the port
+    max_restarts: int = 0  # of torchrun
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "Launch":
@@ -54,6 +55,24 @@ class Launch:
             master_addr=environ["MASTER_ADDR"],
             master_port=_number(environ, "MASTER_PORT", 1, 65535),
             agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            max_restarts=_number(environ, "TORCHELASTIC_MAX_RESTARTS", 0, None)
+            if "TORCHELASTIC_MAX_RESTARTS" in environ
+            else 0,
+        )
+
+    def check_restarts(self) -> None:
+        """Raises UsageError where torchrun is to restart the job, and the restarted one would meet the store of the old.
+
+        In a store that outlives a restart gloo finds the addresses of processes that are gone: every restart fails.
+        """
+        if not (self.max_restarts and self.agent_store):
+            return
+        raise UsageError(
+            "torchrun --max-restarts",
+            self.max_restarts,
+            "the ranks share the store of torchrun's agent, with which every restart fails",
+            possible="ranks with a store of their own",
+            hint="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, and give it --standalone or --rdzv-backend c10d",
         )
 
     def check_port(self) -> None:

@@ -61,10 +61,10 @@ def work(names: Sequence[str], steps: int, layout: Layout, directory: Path) -> N
     """One rank's part: the main job with each optimizer, within one process group; logs go to ``directory/NAME``."""
     launch = Launch.from_environ(os.environ)
     args, plan, _ = prepare(flags_of(names[0], steps, layout, directory), launch)
-    with process_group(args, launch, plan) as mesh:
+    with process_group(args, launch, plan) as (mesh, heartbeat):
         for name in names:
             args, plan, corpus = prepare(flags_of(name, steps, layout, directory), launch)
-            Job(args, plan, corpus, mesh, launch).run()
+            Job(args, plan, corpus, mesh, launch, heartbeat).run()
 
 
 def train(

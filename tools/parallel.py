@@ -4,7 +4,7 @@ Every layout computes the same loss and the same gradients up to rounding: a wei
 batch is cut into the same sequences, and the loss is the mean over all tokens of the global batch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -158,6 +158,7 @@ class Engine:
     Attributes:
         model_chunks: This rank's pipeline stages, one unless the schedule is interleaved. Parameters carry global names
             and the attributes of `tag_parameters`; sharded ones are DTensors.
+        tell: Called with ``gradients`` and ``loss`` when their reduction begins.
 
     Raises:
         UsageError: See `check_layout`.
@@ -206,6 +207,7 @@ class Engine:
             if not config.untie_embeddings_and_output_weights:
                 self._tied_group = _ends(pipeline)
         self._batch_shape: torch.Size | None = None
+        self.tell: Callable[[str], None] = lambda phase: None
 
     def train_step(self, batch: Tensor, last: AbstractContextManager[Any] | None = None) -> float:
         """Forward and backward of the global batch; ``.grad`` becomes the gradient of its mean loss.
@@ -226,7 +228,9 @@ class Engine:
             model.zero_grad(set_to_none=True)
         losses = self._run(batch, backward=True, last=last)
         if last is None:
+            self.tell("gradients")
             self._reduce_gradients()
+        self.tell("loss")
         return self._sum(losses)
 
     def make_final(self, param: Tensor) -> None:

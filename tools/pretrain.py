@@ -6,18 +6,26 @@
 
 import math
 import os
+import sys
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 
-from core.checkpoint import CheckpointError
-from core.optimizer.clip import NonFiniteGradientError, global_norm
+from core.checkpoint import Background, CheckpointError
+from core.faults import FaultError, Guard, Verdict, check_state
+from core.optimizer.clip import global_norm
 from core.optimizer.early import EarlyStep
 from core.optimizer.sophia import Sophia
 from core.process_groups_config import ProcessGroupCollection
@@ -25,25 +33,40 @@ from core.process_groups_config import ProcessGroupCollection
 from . import resume
 from .arguments import Arguments, parse_arguments
 from .data import Corpus, load_corpus, split_samples
+from .exits import SIGNALS, Exits
+from .heartbeat import GRACE_S, Heartbeat, LostRankError, meet
 from .launch import Launch, Machine
 from .parallel import Engine, build_mesh
 from .report import Progress, Record, RunLog, startup_table
 from .rules import build_optimizer, check_rules, make_scheduler
-from .usage import UsageError, refuse
+from .usage import EXIT_CODE, UsageError, refuse
 from .validation import Plan, check_device, gpt_config, validate
+
+START = timedelta(minutes=5)
+"""Time that processes may take to start, apart from the time-out of collectives."""
 
 
 @record
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; exits with 2 and one line when something that was given does not fit."""
+    """Command line; exits with 2 and one line when something that was given does not fit, or the run cannot go on."""
     launch = Launch()
     try:
         launch = Launch.from_environ(os.environ)
         args, plan, corpus = prepare(argv, launch)
-        with process_group(args, launch, plan) as mesh:
-            Job(args, plan, corpus, mesh, launch).run()
-    except (UsageError, CheckpointError) as error:
+        signals = SIGNALS if args.exit_signal_handler else ()
+        with (
+            Exits(signals=signals, minutes=args.exit_duration_in_mins, interval=args.exit_interval) as exits,
+            process_group(args, launch, plan) as (mesh, heartbeat),
+        ):
+            Job(args, plan, corpus, mesh, launch, heartbeat).run(exits)
+    except (UsageError, CheckpointError, FaultError) as error:
         refuse(error, rank=launch.rank)
+    except LostRankError as error:
+        if launch.rank != error.speaker:
+            # All have the same to say; a launcher that sees one rank end stops the others, so the speaker goes first.
+            time.sleep(GRACE_S)
+            sys.exit(EXIT_CODE)
+        refuse(error, rank=0)
 
 
 def prepare(argv: Sequence[str] | None, launch: Launch) -> tuple[Arguments, Plan, Corpus]:
@@ -60,22 +83,35 @@ def prepare(argv: Sequence[str] | None, launch: Launch) -> tuple[Arguments, Plan
 
 
 @contextmanager
-def process_group(args: Arguments, launch: Launch, plan: Plan) -> Iterator[DeviceMesh | None]:
-    """The mesh of all ranks while the job runs; None for one process, which needs no torch.distributed."""
+def process_group(args: Arguments, launch: Launch, plan: Plan) -> Iterator[tuple[DeviceMesh | None, Heartbeat | None]]:
+    """The mesh of all ranks while the job runs, and what tells of this one; None for one process, which is alone.
+
+    Raises:
+        LostRankError: A rank is missing from a collective.
+    """
     if plan.device_type == "cuda":
         torch.cuda.set_device(launch.local_rank)
     if launch.world_size == 1:
-        yield None
+        yield None, None
         return
-    dist.init_process_group(plan.backend, rank=launch.rank, world_size=launch.world_size)
-    yield build_mesh(
-        plan.device_type,
-        pp=args.pipeline_model_parallel_size,
-        dp=plan.data_parallel,
-        tp=args.tensor_model_parallel_size,
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    (store, rank, size), (beats, _, _) = (
+        next(rendezvous("env://", launch.rank, launch.world_size, timeout=START)) for _ in range(2)
     )
-    # Not after an error: the others may wait in a collective, and what went wrong is to be seen first.
-    dist.barrier()
+    meet(store, rank, size, START)
+    with Heartbeat(beats, rank, size, timeout) as heartbeat, heartbeat.watch():
+        groups = PrefixStore("groups", store)
+        dist.init_process_group(plan.backend, store=groups, rank=rank, world_size=size, timeout=timeout)
+        mesh = build_mesh(
+            plan.device_type,
+            pp=args.pipeline_model_parallel_size,
+            dp=plan.data_parallel,
+            tp=args.tensor_model_parallel_size,
+        )
+        yield mesh, heartbeat
+        # Not after an error: the others may wait in a collective, and what went wrong is to be seen first.
+        dist.barrier()
+    dist.barrier()  # nobody tells the store anything from here on, and rank 0 may take it with it
     dist.destroy_process_group()
 
 
@@ -84,6 +120,7 @@ class Job:
 
     Args:
         mesh: None for one process.
+        heartbeat: Told what this rank is at; None where nobody listens.
 
     Attributes:
         done: Finished steps.
@@ -94,9 +131,18 @@ class Job:
         CheckpointError: ``--load`` names no checkpoint that fits.
     """
 
-    def __init__(self, args: Arguments, plan: Plan, corpus: Corpus, mesh: DeviceMesh | None, launch: Launch) -> None:
+    def __init__(
+        self,
+        args: Arguments,
+        plan: Plan,
+        corpus: Corpus,
+        mesh: DeviceMesh | None,
+        launch: Launch,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
         self.args, self.plan, self.corpus = args, plan, corpus
         self.first = launch.rank == 0
+        self._heartbeat = heartbeat
         self.train, self.valid = split_samples(corpus, seq_length=args.seq_length, seed=args.seed)
         self.engine = Engine(
             gpt_config(args, corpus.padded_vocab_size()),
@@ -113,8 +159,19 @@ class Job:
         groups = ProcessGroupCollection.from_mesh(mesh) if mesh else ProcessGroupCollection()
         self.optimizer = build_optimizer(args, self.engine.model_chunks, groups)
         self._describe()
+        self.guard = Guard(
+            self.optimizer,
+            on_non_finite=cast(Literal["error", "skip"], args.on_non_finite),
+            max_skipped=args.max_skipped_steps,
+            loss_spike=args.skip_loss_spike or None,
+            norm_spike=args.skip_grad_norm_spike or None,
+            window=args.spike_window,
+        )
+        self._at("load")
         start = resume.load(args, corpus, self.engine.model_chunks, self.optimizer)
         self.done, self.consumed = start.done, start.consumed
+        if start.faults:
+            self.guard.load_state_dict(start.faults)
         self._say(*start.notes)
         self.optimizer.train()
         members = self.optimizer.members.items()
@@ -124,12 +181,16 @@ class Job:
             problem = "Sophia estimates curvature between backward and step"
             raise UsageError("--overlap-optimizer-with-backward", None, problem, hint="leave it out")
         self.scheduler = make_scheduler(args, self.optimizer, self.done)
+        if heartbeat:
+            self.engine.tell = heartbeat.at
+            for model in self.engine.model_chunks:
+                heartbeat.follow(model)
 
-    def run(self) -> None:
-        """Train to ``--train-iters``.
+    def run(self, exits: Exits | None = None) -> None:
+        """Train to ``--train-iters``, or until it is time to leave.
 
         Raises:
-            NonFiniteGradientError: A gradient is NaN or infinite; weights and state are those of the step before.
+            FaultError: A gradient, the loss or state is not finite, or too many steps were left out; on all ranks.
             CheckpointError: A checkpoint cannot be written; those before it stay.
         """
         args = self.args
@@ -138,56 +199,103 @@ class Job:
         log = RunLog(Path(args.log_dir) if args.log_dir and self.first else None, self.done)
         tokens = args.global_batch_size * args.seq_length
         progress = Progress(args.train_iters, self.done, tokens, enabled=self.first)
-        while self.done < args.train_iters:
-            lr = float(self.scheduler.get_last_lr()[0])
-            loss, norm = self._step()
-            progress.tick(self.done)
-            validates = self._is_due(args.eval_interval)
-            if validates or self._is_due(args.log_interval):
-                speed = progress.speed()
-                row = Record(self.done, self.consumed, loss, lr, norm, speed, self._validate() if validates else None)
-                progress.show(row)
-                log.write(row)
-            if args.save and self._is_due(args.save_interval or args.train_iters):
-                with self._evaluating():
-                    path = resume.save(
-                        args, self.corpus, self.engine.model_chunks, self.optimizer, self.done, self.consumed
-                    )
-                progress.say(f"saved {path}")
+        background = Background() if args.async_save else None
+        try:
+            self._train(exits or Exits(), log, progress, background)
+        except FaultError:
+            # On all ranks: what they are saving is good, and may come to its end.
+            if background:
+                background.wait()
+            raise
+        if background and (path := background.wait()):
+            progress.say(f"saved {path}")
         progress.close()
 
-    def _step(self) -> tuple[float, float]:
-        """One step; the loss before it and the gradient norm before clipping."""
-        batch = self.train.batch(self.consumed, self.args.global_batch_size)
-        early = self.args.overlap_optimizer_with_backward
+    def _train(self, exits: Exits, log: RunLog, progress: Progress, background: Background | None) -> None:
+        args = self.args
+        while self.done < args.train_iters:
+            lr = float(self.scheduler.get_last_lr()[0])
+            loss, verdict = self._step()
+            progress.tick(self.done)
+            if not verdict.take:
+                progress.say(f"left out {verdict.reason} ({self.guard.skipped} so far)")
+            validates = self._is_due(args.eval_interval)
+            if validates or self._is_due(args.log_interval):
+                val_loss = self._validate() if validates else None
+                speed, skipped = progress.speed(), self.guard.skipped
+                row = Record(self.done, self.consumed, loss, lr, verdict.norm, speed, val_loss, skipped)
+                progress.show(row)
+                log.write(row)
+            why = exits.due(self.done, self.engine.device)
+            if args.save and (why or self._is_due(args.save_interval or args.train_iters)):
+                path = self._save(background)
+                progress.say(f"saving {path} in the background" if background else f"saved {path}")
+            if why:
+                progress.say(f"leaving after step {self.done}: {why}")
+                return
+
+    def _at(self, phase: str, step: int | None = None) -> None:
+        if self._heartbeat:
+            self._heartbeat.at(phase, step)
+
+    def _save(self, background: Background | None) -> Path:
+        self._at("save")
+        check_state(self.optimizer, self.done)
+        with self._evaluating():
+            return resume.save(
+                self.args,
+                self.corpus,
+                self.engine.model_chunks,
+                self.optimizer,
+                self.done,
+                self.consumed,
+                self.guard.state_dict(),
+                background,
+            )
+
+    def _step(self) -> tuple[float, Verdict]:
+        """One step; the loss before it, and whether it was taken."""
+        args = self.args
+        self._at("check", self.done + 1)
+        if args.check_state_interval and self.done % args.check_state_interval == 0:
+            check_state(self.optimizer, self.done)
+        batch = self.train.batch(self.consumed, args.global_batch_size)
+        early = args.overlap_optimizer_with_backward
         last = EarlyStep(self.optimizer, reduce=self.engine.make_final) if early else None
+        self._at("forward")
         loss = self.engine.train_step(batch, last)
-        try:
-            norm = self._early_norm() if early else self.optimizer.clip_grad_norm_(self.args.clip_grad)
-        except NonFiniteGradientError as error:
-            error.add_note(f"in step {self.done + 1}, with loss {loss}")
-            raise
-        if not early:
-            self._estimate_curvature(batch)
-            self.optimizer.step()
-        self.scheduler.step()
+        self._at("clip")
+        if early:
+            verdict = Verdict(True, self._early_norm())
+        else:
+            verdict = self.guard.judge(self.done + 1, loss, max_norm=args.clip_grad)
+            self._at("optimizer")
+            if verdict.take:
+                self._estimate_curvature(batch)
+                self.optimizer.step()
+        with warnings.catch_warnings():
+            # A step may be left out, the first too; the schedule counts it.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self.done += 1
-        self.consumed += self.args.global_batch_size
-        return loss, norm
+        self.consumed += args.global_batch_size
+        return loss, verdict
 
     def _early_norm(self) -> float:
         """The norm of the gradients of a step that was taken during backward."""
         norm = float(global_norm(self.optimizer.entries(), self.optimizer.pg_collection))
         if not math.isfinite(norm):
-            raise NonFiniteGradientError(
-                f"the gradient norm is {norm}, and the step was taken during backward: weights have changed. Resume from the "
-                f"last checkpoint, without --overlap-optimizer-with-backward to learn which gradient it is."
+            raise FaultError(
+                f"step {self.done + 1}: the gradient norm is {norm}, and the step was taken during backward: weights have "
+                f"changed. Resume from the last checkpoint, without --overlap-optimizer-with-backward to learn which gradient "
+                f"it is."
             )
         return norm
 
     def _validate(self) -> float:
         """Mean loss of the same ``--eval-iters`` batches every time."""
         size = self.args.global_batch_size
+        self._at("eval")
         with self._evaluating():
             losses = [self.engine.eval_step(self.valid.batch(i * size, size)) for i in range(self.args.eval_iters)]
         return sum(losses) / len(losses)

@@ -30,6 +30,7 @@ class Record:
         grad_norm: global norm before clipping.
         tokens_per_s: over all ranks, since the last logged step.
         val_loss: mean of the validation after this step; None where there was none.
+        skipped: steps left out since the beginning of the training.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Record:
     grad_norm: float
     tokens_per_s: float
     val_loss: float | None = None
+    skipped: int = 0
 
 
 def startup_table(assignments: Iterable[Assignment]) -> str:

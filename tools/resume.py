@@ -18,6 +18,18 @@ from .data import Corpus
 # Where files lie and what is told has no part in the training; of the layout the checkpoint speaks itself.
 _UNSAID = {
     *("save", "load", "save_interval", "log_dir", "log_interval", "config", "eval_interval", "eval_iters"),
+    *(
+        "async_save",
+        "keep_checkpoints",
+        "ckpt_step",
+        "load_optim",
+        "load_rng",
+        "load_only",
+        "finetune",
+        "verify_checkpoint",
+    ),
+    *("exit_signal_handler", "exit_duration_in_mins", "exit_interval"),
+    *("check_state_interval", "distributed_timeout_minutes"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
     "settings",  # told one by one
 }
@@ -31,11 +43,13 @@ class Start:
         done: Finished steps.
         consumed: Position in the data.
         notes: Lines for the user.
+        faults: What the checkpoint kept of steps left out and of running medians.
     """
 
     done: int = 0
     consumed: int = 0
     notes: tuple[str, ...] = ()
+    faults: Mapping[str, Any] | None = None
 
 
 def save(
@@ -45,8 +59,10 @@ def save(
     optimizer: ChainedOptimizer,
     done: int,
     consumed: int,
+    faults: Mapping[str, Any],
+    background: checkpoint.Background | None = None,
 ) -> Path:
-    """Write a checkpoint under ``--save``; all ranks call it.
+    """Write a checkpoint under ``--save``, or begin to, in the ``background``; all ranks call it.
 
     The schedule is a function of the step and of the flags, which are saved with it.
 
@@ -62,7 +78,9 @@ def save(
         model_chunks=model_chunks,
         optimizer=optimizer,
         schedule={name: value for name, value in flags.items() if name.startswith("lr_")},
-        extra={"flags": flags, "text": corpus.digest},
+        extra={"flags": flags, "text": corpus.digest, "faults": faults},
+        keep=args.keep_checkpoints,
+        background=background,
     )
 
 
@@ -79,14 +97,27 @@ def load(args: Arguments, corpus: Corpus, model_chunks: Sequence[nn.Module], opt
         return Start()
     if args.load == args.save and checkpoint.latest_step(args.load) is None:
         return Start(notes=(f"no checkpoint in {args.load} yet: starting at step 0",))
-    loaded = checkpoint.load(args.load, model_chunks=model_chunks, optimizer=optimizer)
+    fresh = args.finetune or bool(args.load_only)
+    loaded = checkpoint.load(
+        args.load,
+        model_chunks=model_chunks,
+        optimizer=optimizer,
+        step=args.ckpt_step,
+        load_optimizer=args.load_optim and not args.finetune,
+        load_rng=args.load_rng and not fresh,
+        only=args.load_only,
+        verify=args.verify_checkpoint,
+    )
+    if fresh:
+        counted = f"loaded {len(loaded.keys)} tensors of {loaded.path}; starting at step 0"
+        return Start(notes=(*(f"passed over: {problem}" for problem in loaded.skipped), counted))
     changed = changed_flags(loaded.extra.get("flags", {}), args)
     notes = [*loaded.notes(), *changed]
     if changed or loaded.differences:
         notes.append("the command line wins over the checkpoint")
     if loaded.extra.get("text") != corpus.digest:
         notes.append("the text is not the one that was saved: the position in the data counts in the new one")
-    return Start(loaded.step, loaded.consumed_samples, tuple(notes))
+    return Start(loaded.step, loaded.consumed_samples, tuple(notes), loaded.extra.get("faults"))
 
 
 def changed_flags(saved: Mapping[str, Any], args: Arguments) -> list[str]:

@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import Arguments
+from .arguments import Arguments, flag_of
 from .launch import Launch, Machine
 from .model import GPTConfig
 from .parallel import check_layout
@@ -41,7 +41,9 @@ def validate(args: Arguments, launch: Launch, machine: Machine) -> Plan:
     """
     backend = _check_machine(args, launch, machine)
     _check_schedule(args)
+    _check_faults(args)
     plan = _check_layout(args, launch, backend)
+    launch.check_restarts()
     launch.check_port()
     if launch.rank == 0:
         _check_writable("--save", args.save)
@@ -126,6 +128,31 @@ def _check_schedule(args: Arguments) -> None:
         raise UsageError("--lr-wsd-decay-iters", args.lr_wsd_decay_iters, problem, possible=f"1 to {total - warmup}")
     if args.save_interval and not args.save:
         raise UsageError("--save-interval", args.save_interval, "there is nowhere to save", hint="add --save DIRECTORY")
+    for name in ("async_save", "keep_checkpoints", "exit_signal_handler"):
+        if getattr(args, name) and not args.save:
+            raise UsageError(flag_of(name), None, "there is nowhere to save", hint="add --save DIRECTORY")
+    for name in ("ckpt_step", "load_only", "finetune"):
+        if getattr(args, name) not in (None, (), False) and not args.load:
+            raise UsageError(flag_of(name), None, "there is nothing to load from", hint="add --load DIRECTORY")
+    if args.finetune and args.load_only:
+        raise UsageError("--load-only", None, "--finetune loads all weights", hint="leave one of the two out")
+
+
+def _check_faults(args: Arguments) -> None:
+    for name in ("skip_loss_spike", "skip_grad_norm_spike"):
+        factor = getattr(args, name)
+        if 0 < factor <= 1:
+            problem = "every second step is above the median"
+            raise UsageError(flag_of(name), factor, problem, possible="0, or a number > 1", hint="3 is a start")
+    if not args.overlap_optimizer_with_backward:
+        return
+    flag = "--overlap-optimizer-with-backward"
+    given = {"on_non_finite": args.on_non_finite == "skip"} | {
+        name: getattr(args, name) > 0 for name in ("skip_loss_spike", "skip_grad_norm_spike")
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        problem = f"weights change before {flag_of(name)} could leave the step out"
+        raise UsageError(flag, None, problem, possible="--on-non-finite error", hint="leave one of the two out")
 
 
 def _check_writable(flag: str, directory: str | None) -> None:

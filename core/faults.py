@@ -1,0 +1,240 @@
+"""Faults that show in numbers: steps that must not be taken, and state that must not be saved. All ranks decide together."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import engine
+from .layout import Reduce, Rule
+from .optimizer.chained import ChainedOptimizer
+from .optimizer.clip import NonFiniteGradientError
+from .optimizer.sharded_optimizer import checks_ranks
+from .placements import local, local_gradient
+from .process_groups_config import Axis, Domain, ProcessGroupCollection
+
+NAMED = 3
+"""Places that an error names; the others are counted."""
+
+
+class FaultError(ArithmeticError):
+    """A step cannot be taken, or state is not finite. All ranks raise it together, with one text."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks decided about a step.
+
+    Attributes:
+        take: Whether to take it.
+        norm: Of the gradients before clipping; NaN when that is not finite.
+        reason: Why it is left out; empty when it is taken.
+    """
+
+    take: bool
+    norm: float
+    reason: str = ""
+
+
+class Guard:
+    """Says of each step whether to take it, with one small reduction over all ranks.
+
+    ::
+
+        loss.backward()
+        verdict = guard.judge(step, loss.item(), max_norm=1.0)
+        if verdict.take:
+            optimizer.step()
+
+    A step that is left out changes neither weights nor state. The loop goes on as if it had been taken: the step number, the
+    position in the data and the learning-rate schedule, which is a function of the step, move on. Otherwise the same
+    sequences would come again, and with them the fault.
+
+    All ranks of the default process group make one, with the same arguments, and call it together.
+
+    Args:
+        optimizer: Whose gradients are judged.
+        on_non_finite: What to do when a gradient or the loss is not finite on any rank: raise, or leave the step out.
+        max_skipped: Steps left out in a row at which :meth:`judge` raises.
+        loss_spike: Leave out steps whose loss is above this multiple of the running median; None: never.
+        norm_spike: The same for the gradient norm before clipping.
+        window: Steps that the median runs over, the last ones that were taken. Until there are so many, nothing is a spike.
+
+    Attributes:
+        skipped: Steps left out in all.
+        in_a_row: Steps left out since the last one that was taken.
+
+    Raises:
+        ValueError: for an argument that makes no sense.
+    """
+
+    def __init__(
+        self,
+        optimizer: ChainedOptimizer,
+        *,
+        on_non_finite: Literal["error", "skip"] = "error",
+        max_skipped: int = 10,
+        loss_spike: float | None = None,
+        norm_spike: float | None = None,
+        window: int = 64,
+    ) -> None:
+        if on_non_finite not in ("error", "skip"):
+            raise ValueError(f"on_non_finite is {on_non_finite!r}; possible: 'error', 'skip'.")
+        for name, count in (("max_skipped", max_skipped), ("window", window)):
+            if count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1.")
+        for name, factor in (("loss_spike", loss_spike), ("norm_spike", norm_spike)):
+            if factor is not None and not 1 < factor < math.inf:
+                raise ValueError(f"{name} is {factor}; give a factor above 1, or None.")
+        self._optimizer = optimizer
+        self._skips = on_non_finite == "skip"
+        self._max_skipped = max_skipped
+        self._spikes = {"loss": loss_spike, "gradient norm": norm_spike}
+        self._taken: dict[str, deque[float]] = {name: deque(maxlen=window) for name in self._spikes}
+        self.skipped = self.in_a_row = 0
+
+    def judge(self, step: int, loss: float, *, max_norm: float = 0.0) -> Verdict:
+        """Decide about the step whose gradients are in ``.grad``; mutates nothing but gradients, which it clips.
+
+        Args:
+            step: Its number, for messages.
+            loss: Its loss on this rank.
+            max_norm: Largest global norm of the gradients; 0: no clipping.
+
+        Raises:
+            FaultError: on all ranks, when a gradient or the loss is not finite on any and that is an error; names
+                parameter, rank and step. Also when too many steps in a row were left out.
+        """
+        try:
+            norm = self._optimizer.clip_grad_norm_(max_norm)
+        except NonFiniteGradientError:
+            norm = math.nan  # replicas may have finite ones: it is said when they know, too
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        mine = (float(not finite), loss if finite else -math.inf, norm if finite else -math.inf)
+        broken, loss_of_all, norm_of_all = _largest(mine, self._optimizer)
+        if broken:
+            reason = self._broken(step, loss)
+            if not self._skips:
+                raise FaultError(
+                    f"{reason}; nothing was changed. Lower the learning rate, look at the data of this step, or leave such "
+                    f"steps out (on_non_finite='skip')."
+                )
+            return self._leave_out(norm, reason)
+        seen = {"loss": loss_of_all, "gradient norm": norm_of_all}
+        if reason := self._spike(step, seen):
+            return self._leave_out(norm, reason)
+        for name, value in seen.items():
+            self._taken[name].append(value)
+        self.in_a_row = 0
+        return Verdict(True, norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and what the medians run over; JSON can hold it."""
+        taken = {name: list(values) for name, values in self._taken.items()}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "taken": taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the one that ``state`` was taken from left off."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        for name, values in state["taken"].items():
+            self._taken[name].clear()
+            self._taken[name].extend(values)
+
+    def _leave_out(self, norm: float, reason: str) -> Verdict:
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self._max_skipped:
+            raise FaultError(
+                f"{self.in_a_row} steps in a row were left out, which is the limit; the last one: {reason}. Resume from an "
+                f"earlier checkpoint, with a lower learning rate or other data."
+            )
+        return Verdict(False, norm, reason)
+
+    def _spike(self, step: int, seen: Mapping[str, float]) -> str:
+        for name, factor in self._spikes.items():
+            taken = self._taken[name]
+            if factor is not None and len(taken) == taken.maxlen and seen[name] > factor * median(taken):
+                usual = f"{median(taken):.4g}, the median of the last {len(taken)} steps"
+                return f"step {step}: {name} {seen[name]:.4g} is more than {factor:g} times {usual}"
+        return ""
+
+    def _broken(self, step: int, loss: float) -> str:
+        entries = self._optimizer.entries()
+        bad = [name for name, p, _ in entries if p.grad is not None and not _all_finite([local_gradient(p)])]
+        found = _everywhere([*(f"gradient of {name}" for name in bad), *([] if math.isfinite(loss) else ["loss"])])
+        # Each gradient is finite: only a step so large that float64 cannot hold its norm.
+        return f"step {step}: {_named(found)}" if found else f"step {step}: gradient norm overflows float64"
+
+
+def check_state(optimizer: ChainedOptimizer, step: int) -> None:
+    """See that all weights and optimizer state are finite; all ranks of the default process group call it.
+
+    One pass over them and one small reduction.
+
+    Args:
+        optimizer: Whose parameters and state.
+        step: Finished steps, for the message.
+
+    Raises:
+        FaultError: on all ranks, when anything is not; names parameter, slot and rank.
+    """
+    held = list(_held(optimizer))
+    mine = float(not _all_finite([x for _, x in held]))
+    if not any(_largest((mine,), optimizer)):
+        return
+    found = _everywhere([name for name, x in held if not _all_finite([x])])
+    raise FaultError(
+        f"after step {step}: {_named(found)}. Leaving steps out does not mend that: resume from an earlier checkpoint."
+    )
+
+
+def _held(optimizer: ChainedOptimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, p, _ in optimizer.entries():
+        yield f"weight of {name}", local(p.detach())
+        for slot, value in optimizer.state[p].items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                yield f"{slot} of {name}", local(value)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    # The largest magnitude: NaN and infinity stay in it, large numbers do not overflow, and it takes no memory.
+    largest = [torch.linalg.vector_norm(x.detach(), math.inf).double().cpu() for x in tensors if x.numel()]
+    return not largest or bool(torch.stack(largest).isfinite().all())
+
+
+def _largest(values: Sequence[float], optimizer: ChainedOptimizer) -> list[float]:
+    """The largest of each over all ranks."""
+    group = _world().group
+    if group is None:
+        return list(values)
+    device = next((local(p).device for _, p, _ in optimizer.entries()), torch.device("cpu"))
+    votes = torch.tensor(values, dtype=torch.float64, device=device)
+    found: list[float] = engine.run([("decision on the step", _max(votes, group))], check=checks_ranks())[0].tolist()
+    return found
+
+
+def _max(x: Tensor, group: Any) -> Rule:
+    return (yield Reduce(x, "max", (group,)))
+
+
+def _everywhere(mine: list[str]) -> list[tuple[int, str]]:
+    """What all ranks found, with the rank."""
+    lists = ProcessGroupCollection().gather(_world(), mine)
+    return [(rank, text) for rank, texts in enumerate(lists) for text in texts]
+
+
+def _named(found: Sequence[tuple[int, str]]) -> str:
+    named = ", ".join(f"{text} on rank {rank}" for rank, text in found[:NAMED])
+    rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f"{named}{rest} {'are' if len(found) > 1 else 'is'} not finite"
+
+
+def _world() -> Domain:
+    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return ProcessGroupCollection().domain((Axis.of("world", group),))
