@@ -19,7 +19,8 @@ from core.layout import Layout, Split
 from core.optimizer.adam import AdamW
 from core.optimizer.sgd import SGD
 from core.process_groups_config import Axis
-from tests.test_checkpoint import CUTS, Run, read_plainly, shared
+from tests.small_run import Run, read_plainly, shared
+from tests.test_checkpoint import CUTS
 
 
 def model(width: int = 4, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:

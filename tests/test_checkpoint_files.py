@@ -19,7 +19,7 @@ from torch import nn
 from core.checkpoint import Background, CheckpointError, load, save
 from core.checkpoint.directory import TRACKER
 from core.optimizer.adam import AdamW
-from tests.test_checkpoint import noise
+from tests.small_run import noise
 
 STEPS = (1, 2, 3)
 NEWEST = "iter_0000003"

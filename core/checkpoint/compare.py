@@ -15,7 +15,7 @@ LIMIT = 20
 _HINTS = {
     "model": "Build the model that was saved: layers, sizes, vocabulary, dtype, tied or untied embeddings.",
     "optimizer": "Resume with the optimizer that was saved, or load without its state (load_optimizer=False).",
-    "block": "State of blockwise mode loads at the tensor-parallel size that saved it; resume with that size and mode.",
+    "block": "State of blockwise mode loads at the tensor-parallel size that saved it; resume with that size, cut and mode.",
 }
 
 
@@ -62,7 +62,8 @@ def compare_tensors(here: Mapping[str, Tensor], saved: Mapping[str, STORAGE_TYPE
             if theirs != mine:
                 rows.append(Mismatch(key, theirs, mine, _kind(key)))
         elif base in blocks:
-            rows.append(Mismatch(base, _blocks(blocks[base]), _blocks(count), "block"))
+            other = ", cut otherwise" if count == blocks[base] else ""
+            rows.append(Mismatch(base, _blocks(blocks[base]), _blocks(count) + other, "block"))
         else:
             rows.append(Mismatch(base, "missing", mine, _kind(key)))
     return rows
