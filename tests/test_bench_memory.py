@@ -62,6 +62,7 @@ def test_every_optimizer_on_2_ranks(world, capsys):
     check_table(world, capsys)
 
 
+@pytest.mark.soak
 @pytest.mark.mpi(min_size=4)
 def test_every_optimizer_on_4_ranks(world, capsys):
     check_table(world, capsys)

@@ -59,6 +59,7 @@ def test_a_save_killed_at_any_event_leaves_the_old_or_the_new(tmp_path, layout, 
     check(layout, how, tmp_path)
 
 
+@pytest.mark.soak
 def test_saving_a_step_again_does_not_lose_it(tmp_path):
     found = check("1", "sync", tmp_path, step="1")
     # Never back to the old one once the new one is in sight.

@@ -141,6 +141,7 @@ def test_collectives_are_those_of_a_step_on_2_ranks(world):
     check_collectives(2)
 
 
+@pytest.mark.soak
 @pytest.mark.mpi(min_size=4)
 def test_collectives_are_those_of_a_step_on_4_ranks(world):
     check_collectives(4)

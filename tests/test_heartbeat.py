@@ -72,7 +72,8 @@ def test_a_rank_that_sleeps(tmp_path, text):
     assert re.search(f"pretrain: error: {stuck}.*{waits}.*--distributed-timeout-minutes 0.1", said), said
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_exits(tmp_path, text, rank):
     """With rank 0 the store goes, too."""
     said = job(f"optimizer:1:{rank}:3:exit", tmp_path, text, 1)

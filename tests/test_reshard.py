@@ -195,7 +195,7 @@ def test_state_of_a_block_is_refused_where_blocks_are_others(tmp_path):
         on_ranks(size, refuse_blocks, size, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["factored", "quantized", "Kronecker", "muon owner", "adaptive_muon normuon"])
+@pytest.mark.parametrize("family", ["quantized", "Kronecker", "muon owner"])
 def test_another_layout_loads_what_one_saved(tmp_path, family):
     check(tmp_path, FAMILIES[family], RING)
 

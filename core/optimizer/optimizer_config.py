@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, Self
+from types import NoneType
+from typing import Any, Self, get_args
 
 import torch
 
-from .settings import Setting
+from .settings import Setting, check_kind
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class OptimizerConfig:
         settings: Those that are not fields, ``{"lion_betas": (0.9, 0.98)}``; each becomes an attribute.
 
     Raises:
-        ValueError: for one of ``settings`` that no registered optimizer has; names the nearest.
+        ValueError: for one of ``settings`` that no registered optimizer has, naming the nearest; for a value of another kind.
     """
 
     optimizer: str = "adamw"
@@ -129,6 +130,11 @@ class OptimizerConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            kinds = get_args(f.type) or (f.type,)  # float | None
+            value = getattr(self, f.name)
+            if f.name != "settings" and not (value is None and NoneType in kinds):
+                check_kind(f.name, value, kinds[0])
         self.settings = {name: _setting(name).value(value) for name, value in self.settings.items()}
         vars(self).update(self.settings)
 

@@ -259,7 +259,7 @@ class Region:
 
 def spans(size: int, block: int) -> Iterator[tuple[int, int, int]]:
     """(start, end, block) of the part of ``size`` that whole blocks fill, and of the rest."""
-    full = size - size % block
+    full = size - size % block if size else 0
     if full:
         yield 0, full, block
     if full < size:

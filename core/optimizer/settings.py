@@ -1,13 +1,16 @@
 """What of an optimizer's constructor a config, a flag or a file can hold."""
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from numbers import Integral, Real
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
 from .checks import choice
 
@@ -16,6 +19,9 @@ ELSEWHERE = ("self", "params", "lr", "weight_decay", "pg_collection")
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 """Types of numbers, by the names that settings call them."""
+
+NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+"""What a value of each kind is called."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,37 @@ class Setting:
         """What the constructor takes: lists, as JSON and YAML have them, become tuples, and names of dtypes dtypes.
 
         Raises:
-            ValueError: for an unknown dtype.
+            ValueError: for an unknown dtype, or something of another kind.
         """
-        if self.is_dtype and isinstance(given, str):
-            choice(self.argument, given, self.choices)
-            return DTYPES[given]
-        return tuple(given) if self.many and isinstance(given, list) else given
+        if self.is_dtype:
+            if isinstance(given, str):
+                choice(self.argument, given, self.choices)
+            return DTYPES.get(given, given) if isinstance(given, str) else given
+        if given is None and self.optional:
+            return None
+        if not self.many:
+            return check_kind(self.argument, given, self.kind)
+        if not isinstance(given, list | tuple) or self.length not in (None, len(given)):
+            count = "several values" if self.length is None else f"{self.length} values"
+            raise ValueError(f"{self.argument} is {given!r}; give {count} in a list.")
+        return tuple(check_kind(self.argument, x, self.kind) for x in given)
+
+
+def check_kind(name: str, value: Any, kind: type) -> Any:
+    """``value``, when it is of ``kind``; a number of any kind that has a float, and a tensor, is a float.
+
+    Raises:
+        ValueError: otherwise; names both.
+    """
+    if isinstance(value, bool) or kind is bool:
+        fits = isinstance(value, bool) and kind is bool
+    elif kind is float:
+        fits = isinstance(value, Tensor | Real) and (not isinstance(value, int) or abs(value) <= sys.float_info.max)
+    else:
+        fits = isinstance(value, Integral if kind is int else kind)
+    if not fits:
+        raise ValueError(f"{name} is {value!r}; give {NOUNS.get(kind, f'a {kind.__name__}')}.")
+    return value
 
 
 def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
