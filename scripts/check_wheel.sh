@@ -22,3 +22,8 @@ packages='import sysconfig; print(sysconfig.get_path("purelib"))'
 cp tests/wheel_smoke.py "$folder"
 cd "$folder"
 env/bin/python -I wheel_smoke.py
+# The wheel's path file brings our optimizers into Megatron-Core, when the environment asks for it.
+SHARDSTEP_MEGATRON=1 env/bin/python -I -W ignore -c '
+from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+assert "shardstep_muon" in _EMERGING_OPTIMIZERS, "the path file of the wheel did nothing"
+print("with SHARDSTEP_MEGATRON=1 Megatron-Core has shardstep_muon")'

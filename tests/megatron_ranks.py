@@ -21,6 +21,27 @@ JOBS = {"adam": torch.float32, "muon": torch.bfloat16}
 GPT = {"num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 32}
 
 
+class Stream:
+    """What stands for a stream of a device that works at once."""
+
+    cuda_stream = 0
+    device = torch.device("cpu")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes whatever CUDA's takes."""
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+    def record_event(self, *args: Any) -> "Stream":
+        return self
+
+    def query(self) -> bool:
+        return True
+
+
 def serve_on_cpu() -> None:
     """Megatron-Core asks for CUDA devices without looking for one; give it the CPU. Changes no number."""
 
@@ -31,6 +52,8 @@ def serve_on_cpu() -> None:
         setattr(torch, name, on_cpu(getattr(torch, name)))
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.Stream = torch.cuda.Event = Stream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: Stream()
     torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     kind = Tensor.type
     Tensor.type = lambda x, *args: kind(x, *args) if args else kind(x).replace("torch.", "torch.cuda.", 1)

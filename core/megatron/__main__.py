@@ -1,0 +1,26 @@
+"""``torchrun ... -m shardstep.core.megatron pretrain_gpt.py --optimizer shardstep_muon ...``: a script as it is, with ours."""
+
+import os
+import runpy
+import sys
+
+from .flags import extend_arguments
+
+
+def main() -> None:
+    """Run the script that the command line names, with the rest of the command line."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(
+            "name a script: torchrun ... -m shardstep.core.megatron pretrain_gpt.py --optimizer shardstep_muon ..."
+        )
+    script = sys.argv[1]
+    if not os.path.isfile(script):
+        sys.exit(f"{script} is not a file; give the path of the script that torchrun would run.")
+    extend_arguments()
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python does for a script
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What an optimizer is told under Megatron-Core: its own ``OptimizerConfig``, and flags that never reach that."""
+
+import sys
+from typing import Any
+
+from .seam import GLOBALS
+
+TP_MODE = "shardstep_tp_mode"
+EXACT = ("owner", "duplicated", "distributed", "auto")
+
+
+class Settings:
+    """Megatron-Core's config as our registry reads one: an attribute, or none.
+
+    What was given on the command line wins over an attribute of the config, which may also be one that its class does not
+    have (``config.soap_eps = 1e-2``).
+
+    Args:
+        config: Megatron-Core's ``OptimizerConfig``.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._flags = flags()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "muon_tp_mode":
+            return self._tp_mode()
+        given = self._flags.get(name)
+        if given is not None:
+            return tuple(given) if isinstance(given, list) else given
+        if name == "lion_betas" and not hasattr(self._config, name):
+            return self._config.lion_beta1, self._config.lion_beta2
+        return getattr(self._config, name)
+
+    def _tp_mode(self) -> str:
+        """Ours where it is given; else Megatron's where that is exact, which its default is not; else ``owner``."""
+        asked = self._flags.get(TP_MODE) or getattr(self._config, TP_MODE, None)
+        theirs = getattr(self._config, "muon_tp_mode", None)
+        return asked or (theirs if theirs in EXACT else "owner")
+
+
+def flags() -> dict[str, Any]:
+    """Megatron's parsed command line; empty where there is none."""
+    module = sys.modules.get(GLOBALS)
+    args = getattr(module, "_GLOBAL_ARGS", None)
+    return dict(vars(args)) if args is not None else {}

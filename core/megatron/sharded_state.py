@@ -1,0 +1,132 @@
+"""Optimizer state in Megatron-Core's ``torch_dist`` checkpoints: also what is not shaped like its parameter.
+
+Megatron-Core takes every state tensor for a shard like the parameter's. Row statistics and Kronecker factors are none, and some
+are on one rank only; here they are shown to it as boxes of their own whole, under the parameter's key.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..checkpoint.boxes import cut
+from ..layout import Layout
+from .seam import CHECKPOINT, MAPPING, seam
+
+_LAYOUTS = "shardstep_layouts"
+"""Attribute of a tensor in a ``state_dict``: where it lives, and where its parameter does."""
+
+_STEP, _OWNERS_STEP = "step", "owners_step"
+"""Megatron-Core takes ``step`` for one number that all parameters have; an owner's is on no other rank."""
+
+
+def say_layouts(optimizer: Optimizer) -> Optimizer:
+    """Let ``optimizer.state_dict()`` say where state lives that is not cut as its parameter is."""
+    if hasattr(optimizer, "state_layouts"):
+        optimizer.register_state_dict_post_hook(_mark)
+        optimizer.register_load_state_dict_pre_hook(_rename_back)
+    return optimizer
+
+
+def _rename_back(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    for state in state_dict["state"].values():
+        if _OWNERS_STEP in state:
+            state[_STEP] = state.pop(_OWNERS_STEP)
+
+
+def _mark(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for p, index in zip(group["params"], packed["params"], strict=True):
+            home = optimizer.layout(p)
+            state = state_dict["state"].get(index, {})
+            for slot, layout in optimizer.state_layouts(p, group).items():
+                if layout is None:
+                    raise ValueError(
+                        f"{slot} of a parameter of shape {tuple(p.shape)} belongs to this rank's block (mode blockwise), which "
+                        f"no other layout could load; save with tp_mode owner, duplicated or distributed."
+                    )
+                if (layout.shape, layout.splits) == (home.shape, home.splits) or (slot == _STEP and layout.is_whole):
+                    continue
+                marked = state[slot].view_as(state.pop(slot))
+                setattr(marked, _LAYOUTS, (layout, home))
+                # What is on another rank is not in this one's checkpoint; loading makes it anew, without entries.
+                if marked.numel():
+                    state[_OWNERS_STEP if slot == _STEP else slot] = marked
+            if not state:
+                state_dict["state"].pop(index, None)
+
+
+def take_our_state() -> None:
+    """Let Megatron-Core's checkpoints hold state of any shape. Again it does nothing new."""
+    (theirs,) = seam(CHECKPOINT, "make_sharded_optimizer_tensor")
+    if not isinstance(theirs, partial):
+        sys.modules[CHECKPOINT].make_sharded_optimizer_tensor = partial(_sharded, theirs)  # type: ignore[attr-defined]
+
+
+def _sharded(theirs: Callable[..., Any], model_param: Any, optim_param: Tensor, prefix: str) -> Any:
+    """As Megatron-Core's ``make_sharded_optimizer_tensor``, and for tensors that say where they live."""
+    layouts = getattr(optim_param, _LAYOUTS, None)
+    if layouts is None:
+        return theirs(model_param, optim_param, prefix)
+    (factory,) = seam(MAPPING, "ShardedTensorFactory")
+    layout, home = layouts
+    stacked = _first_shard(model_param)
+    build = partial(_boxes, layout=layout, stacked=stacked)
+    return factory(
+        key=f"{prefix}.{model_param.key}",
+        data=optim_param,
+        build_fn=build,
+        merge_fn=partial(_join, layout=layout, like=optim_param),
+        replica_id=_replica(layout, home),
+    )
+
+
+def _first_shard(model_param: Any) -> Any:
+    """A ``ShardedTensor`` of the parameter, which may be a factory of several."""
+    while hasattr(model_param, "build"):
+        built = model_param.build()
+        model_param = next(iter(built.values() if isinstance(built, dict) else built))
+    return model_param
+
+
+def _replica(layout: Layout, home: Layout) -> tuple[int, int, int]:
+    """Zeros on the one rank that writes; Megatron-Core's order: pipeline, tensor, data."""
+    cut_over = {name for axis in layout.axes for name in axis.name.split("+")}
+    copies = {axis.name: axis.index for axis in (*home.copies, *home.axes) if axis.name not in cut_over}
+    tp = next((i for name, i in copies.items() if name.endswith("tp")), 0)
+    dp = next((i for name, i in copies.items() if name.endswith("dp")), 0)
+    return 0, tp, dp
+
+
+def _boxes(key: str, x: Tensor, replica_id: Any, _: Any, *, layout: Layout, stacked: Any) -> dict[str, Any]:
+    """A shard for each box that this rank holds, behind the axes in which Megatron-Core stacks layers."""
+    (sharded,) = seam(MAPPING, "ShardedTensor")
+    ahead = stacked.prepend_axis_num
+    return {
+        ",".join(map(str, offset)): sharded(
+            key=key,
+            # Where the grid is not regular, the axes ahead must be the data's own.
+            data=box.contiguous()[(None,) * ahead],
+            dtype=box.dtype,
+            local_shape=(1,) * ahead + tuple(box.shape),
+            global_shape=(*stacked.global_shape[:ahead], *layout.shape),
+            global_offset=(*stacked.global_offset[:ahead], *offset),
+            axis_fragmentations=None,
+            replica_id=replica_id,
+        )
+        for offset, box in cut(x, layout).items()
+        if box.numel()
+    }
+
+
+def _join(boxes: dict[str, Tensor], *, layout: Layout, like: Tensor) -> Tensor:
+    """Inverse of :func:`_boxes`."""
+    out = torch.empty_like(like)
+    for offset, box in cut(out, layout).items():
+        if box.numel():
+            box.copy_(boxes[",".join(map(str, offset))].view(box.shape))
+    return out
