@@ -133,11 +133,29 @@ def test_the_mode_is_exact_unless_asked_for():
     from core.megatron.settings import Settings
 
     assert config().muon_tp_mode == "blockwise"
-    assert Settings(config()).muon_tp_mode == "owner"
-    assert Settings(config(muon_tp_mode="distributed")).muon_tp_mode == "distributed"
+    assert Settings(config(), "muon").muon_tp_mode == "owner"
+    assert Settings(config(muon_tp_mode="distributed"), "muon").muon_tp_mode == "distributed"
     asked = config()
     asked.shardstep_tp_mode = "blockwise"
-    assert Settings(asked).muon_tp_mode == "blockwise"
+    assert Settings(asked, "muon").muon_tp_mode == "blockwise"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Megatron's, as it is imported
+def test_only_flags_of_ours_are_settings(monkeypatch):
+    from megatron.training import global_vars
+
+    from core.megatron.registration import _entry
+    from core.process_groups_config import ProcessGroupCollection
+
+    # Megatron's flags have names that are ours for something else: its rank is this process's.
+    given = argparse.Namespace(rank=3, seed=5, lr=7.0, apollo_scale=2.0, soap_eps=None)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", given)
+    kwargs = _entry("apollo").config_to_kwargs(config(optimizer="shardstep_apollo"), [], ProcessGroupCollection())
+    assert not {"rank", "seed"} & kwargs.keys()
+    assert (kwargs["lr"], kwargs["scale"]) == (0.1, 2.0)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(skew_precond_dtype="bfloat16"))
+    kwargs = _entry("skew").config_to_kwargs(config(optimizer="shardstep_skew"), [], ProcessGroupCollection())
+    assert kwargs["precond_dtype"] is torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,12 @@ def _to_kwargs(name: str, config: Any, model_chunks: Sequence[nn.Module], pg_col
     _check(name, config)
     tag(model_chunks)
     to_kwargs = ours._entry(name).config_to_kwargs or partial(ours._default_adam_based_eopt_config_to_kwargs, name)
-    return to_kwargs(Settings(config), model_chunks, _groups(pg_collection, config))
+    return to_kwargs(Settings(config, name), model_chunks, _groups(pg_collection, config))
 
 
 def _groups(theirs: Any, config: Any) -> ProcessGroupCollection:
     """Which ranks share a matrix. In the layer-wise optimizer data-parallel ranks have different ones."""
-    copies = not getattr(config, "use_layer_wise_distributed_optimizer", False)
+    copies = not _is_layer_wise(config)
     return ProcessGroupCollection(
         tp=theirs.tp,
         pp=getattr(theirs, "pp", None),
@@ -74,13 +74,17 @@ def _groups(theirs: Any, config: Any) -> ProcessGroupCollection:
     )
 
 
+def _is_layer_wise(config: Any) -> bool:
+    return bool(getattr(config, "use_layer_wise_distributed_optimizer", False))
+
+
 def _check(name: str, config: Any) -> None:
     """Refuse what Megatron-Core would accept and step wrongly.
 
     Raises:
         ValueError: says what to set instead.
     """
-    if config.use_distributed_optimizer and not config.use_layer_wise_distributed_optimizer:
+    if config.use_distributed_optimizer and not _is_layer_wise(config):
         raise ValueError(
             f"optimizer={config.optimizer!r} with use_distributed_optimizer=True: its data-parallel ranks would step parts of a "
             f"gradient and drift apart. Set use_layer_wise_distributed_optimizer=True and use_distributed_optimizer=False in "

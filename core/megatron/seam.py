@@ -4,7 +4,6 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-OPTIMIZER = "megatron.core.optimizer"
 REGISTRY = "megatron.core.optimizer.emerging_optimizers"
 CONFIG = "megatron.core.optimizer.optimizer_config"
 LAYERS = "megatron.core.tensor_parallel.layers"

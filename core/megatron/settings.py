@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from ..optimizer.emerging_optimizers import settings_of
 from .seam import GLOBALS
 
 TP_MODE = "shardstep_tp_mode"
@@ -12,23 +13,27 @@ EXACT = ("owner", "duplicated", "distributed", "auto")
 class Settings:
     """Megatron-Core's config as our registry reads one: an attribute, or none.
 
-    What was given on the command line wins over an attribute of the config, which may also be one that its class does not
-    have (``config.soap_eps = 1e-2``).
+    Of the command line only settings of the optimizer count (``--soap-eps``): Megatron's own flags have names, ``rank`` and
+    ``seed``, that are ours for something else. They win over an attribute of the config, which may also be one that its class
+    does not have (``config.soap_eps = 1e-2``).
 
     Args:
         config: Megatron-Core's ``OptimizerConfig``.
+        name: Of the optimizer, in our registry.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, name: str) -> None:
         self._config = config
+        self._settings = settings_of(name)
         self._flags = flags()
 
     def __getattr__(self, name: str) -> Any:
         if name == "muon_tp_mode":
             return self._tp_mode()
-        given = self._flags.get(name)
-        if given is not None:
-            return tuple(given) if isinstance(given, list) else given
+        setting = self._settings.get(name)
+        given = self._flags.get(name) if setting else None
+        if setting and given is not None:
+            return setting.value(given)
         if name == "lion_betas" and not hasattr(self._config, name):
             return self._config.lion_beta1, self._config.lion_beta2
         return getattr(self._config, name)
