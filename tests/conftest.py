@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,16 @@ hypothesis.settings.load_profile("ranks")
 torch.set_num_threads(1)
 
 TIMEOUT = timedelta(seconds=60)
+
+
+@pytest.fixture
+def job_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small text, for the main job in this process alone; its path."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(400)))
+    return str(text)
 
 
 class World:

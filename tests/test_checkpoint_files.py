@@ -83,6 +83,15 @@ def told() -> Iterator[list[str]]:
         texts += [str(w.message) for w in caught]
 
 
+@contextmanager
+def holding(path: Path, content: bytes) -> Iterator[None]:
+    """The file has other contents meanwhile."""
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    yield
+    path.write_bytes(whole)
+
+
 def expect_fall_back(saved: Saved, directory: Path, damaged: Path) -> None:
     """The checkpoint before is loaded, and the damaged file named."""
     with told() as texts:
@@ -98,15 +107,12 @@ def test_two_hundred_flipped_bits_are_found(saved, copy):
     paths = files_of(copy)
     for _ in range(200):
         path = draw.choice(paths)
-        whole = path.read_bytes()
-        damaged = bytearray(whole)
-        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-        path.write_bytes(damaged)
-        with told() as texts:
+        damaged = bytearray(path.read_bytes())
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        with holding(path, damaged), told() as texts:
             step = saved.load(copy)
         assert step == 2, f"a bit of {path.name} was flipped, and step {step} loaded"
         assert any(NEWEST in text for text in texts), texts
-        path.write_bytes(whole)
     assert saved.load(copy) == 3
 
 
@@ -116,9 +122,8 @@ def test_fifty_truncations_are_found(saved, copy):
     for _ in range(50):
         path = draw.choice(paths)
         whole = path.read_bytes()
-        path.write_bytes(whole[: draw.randrange(len(whole))])
-        expect_fall_back(saved, copy, path)
-        path.write_bytes(whole)
+        with holding(path, whole[: draw.randrange(len(whole))]):
+            expect_fall_back(saved, copy, path)
     assert saved.load(copy) == 3
 
 

@@ -30,15 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
+def job(tmp_path, job_text):
     """Runs the main job in this process; gives the rows of its log."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(400)))
 
     def run(*flags: str) -> list[Record]:
-        pretrain.main([*TINY, "--data-path", str(text), "--log-dir", str(tmp_path / "log"), *flags])
+        pretrain.main([*TINY, "--data-path", job_text, "--log-dir", str(tmp_path / "log"), *flags])
         return [replace(row, tokens_per_s=0) for row in read_log(tmp_path / "log")]
 
     return run

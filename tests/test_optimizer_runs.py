@@ -20,15 +20,11 @@ TINY = (
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
+def job(job_text):
     """Builds the main job in this process."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(400)))
 
     def make(*flags: str) -> Job:
-        args, plan, corpus = prepare([*TINY, "--data-path", str(text), *flags], Launch())
+        args, plan, corpus = prepare([*TINY, "--data-path", job_text, *flags], Launch())
         return Job(args, plan, corpus, None, Launch())
 
     return make

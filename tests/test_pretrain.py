@@ -30,15 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
+def job(tmp_path, job_text):
     """Runs the main job in this process; gives the rows of its log."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(400)))
 
     def run(name: str, *flags: str) -> list[Record]:
-        pretrain.main([*TINY, "--data-path", str(text), "--log-dir", str(tmp_path / name), *flags])
+        pretrain.main([*TINY, "--data-path", job_text, "--log-dir", str(tmp_path / name), *flags])
         return read_log(tmp_path / name)
 
     return run

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from . import directory as folders
 from . import sums
 from .manifest import Manifest
-from .ranks import CheckpointError, NewerFormatError, distributed, gather, on_first, rank, together
+from .ranks import CheckpointError, NewerFormatError, distributed, joined, on_first, rank, together
 
 
 def choose(directory: Path, step: int | None, *, verify: bool) -> tuple[Path, Manifest, list[str]]:
@@ -53,7 +53,7 @@ def _try(folder: Path, verify: bool) -> tuple[Manifest | None, str]:
     ranks = dist.get_world_size() if distributed() else 1
     # The largest first: those of a size go to different ranks.
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name], name))[rank() :: ranks]
-    wrong = [name for of_rank in gather(together(lambda: sums.wrong(folder, digests, names))) for name in of_rank]
+    wrong = joined(together(lambda: sums.wrong(folder, digests, names)))
     if wrong:
         return None, f"{folder}: the contents of {', '.join(wrong)} are not what was written (SHA-256)."
     return manifest, ""

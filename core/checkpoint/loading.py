@@ -18,7 +18,7 @@ from .choosing import choose
 from .compare import compare_keys, compare_optimizers, compare_tensors, optimizer_rows, selection, table
 from .contents import MODEL, STATE, Contents, Group, parameter_of, process_groups
 from .manifest import Manifest
-from .ranks import CheckpointError, distributed, gather, rank, together
+from .ranks import CheckpointError, distributed, gather, joined, rank, together
 from .reader import SafeReader
 from .saving import reasons, whereabouts
 
@@ -133,9 +133,9 @@ def load(
     tensors = dict(contents.tensors)
     if only:
         tensors, saved = selection(tensors, only), selection(saved, only)
-        _check_patterns(only, [key for keys in gather(list(contents.tensors)) for key in keys])
-    keys = sorted({key for keys in gather(list(tensors)) for key in keys})
-    groups = [group for groups in gather(contents.groups) for group in groups]
+        _check_patterns(only, joined(contents.tensors))
+    keys = sorted({*joined(tensors)})
+    groups = joined(contents.groups)
     _check(path, tensors, keys, groups, manifest, saved, whole=not only)
     layout, ranks = whereabouts(pgs)
     generators = _generators(saved) if load_rng and manifest.ranks == ranks else None
@@ -175,7 +175,7 @@ def _check(
         changed = {name: pair for name, pair in changed.items() if name in with_state}
     skip = set(changed)
     mine = together(lambda: compare_tensors(here, saved, skip))
-    rows = [row for rows in gather(mine) for row in rows] + optimizer_rows(changed)
+    rows = joined(mine) + optimizer_rows(changed)
     rows += compare_keys(keys, saved, skip, (MODEL, STATE) if with_state else (MODEL,))
     if rows:
         raise CheckpointError(table(str(path), rows))

@@ -1,6 +1,6 @@
 """What the ranks of a job settle together: when one of them fails, all of them raise, and say the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -34,6 +34,11 @@ def gather[T](value: T, group: Group = None) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group)
     return values
+
+
+def joined[T](mine: Iterable[T], group: Group = None) -> list[T]:
+    """What all ranks have, in rank order."""
+    return [item for items in gather(list(mine), group) for item in items]
 
 
 def together[T](do: Callable[[], T], group: Group = None) -> T:

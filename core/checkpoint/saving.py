@@ -19,7 +19,7 @@ from . import rng, sums
 from .background import Background
 from .contents import Contents, process_groups
 from .manifest import Manifest, config_digest, json_copy, merge_groups
-from .ranks import CheckpointError, Group, distributed, gather, on_first, rank, together
+from .ranks import CheckpointError, Group, distributed, gather, joined, on_first, rank, together
 
 COMMON = "common_state/shard_0_1"
 """Key of what Megatron-Core keeps besides tensors. This package reads nothing from it."""
@@ -70,7 +70,7 @@ def save(
     pgs = process_groups(pg_collection, optimizer)
     contents = together(lambda: Contents.of(model_chunks, optimizer, pgs))
     layout, ranks = whereabouts(pgs)
-    groups = merge_groups(group for groups in gather(contents.groups) for group in groups)
+    groups = merge_groups(joined(contents.groups))
 
     def describe() -> Manifest:
         if keep is not None and keep < SMALLEST_KEEP:
@@ -110,7 +110,7 @@ def _write(
     try:
         _write_tensors(tensors, staging, manifest.step, group)
         mine = together(lambda: sums.digests(staging, [file.name for file in staging.glob(f"__{rank()}_*")]), group)
-        written = {name: digest for of_rank in gather(mine, group) for name, digest in of_rank.items()}
+        written = dict(joined(mine.items(), group))
         return on_first(lambda: _commit(staging, manifest, written, keep), group)
     except CheckpointError:
         if rank() == 0:
