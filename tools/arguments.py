@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 
 from core.optimizer.emerging_optimizers import get_supported_coefficient_types, list_optimizers, settings_of
 from core.optimizer.settings import Setting
-from core.schedule import DECAY_STYLES, WSD_DECAY_STYLES
 
 from .flags import NOT_NEGATIVE, POSITIVE, SHARE, Flag, count, number, switch, text, words
 from .model import NORMALIZATIONS
 from .parallel import SCHEDULES
+from .schedule_flags import ScheduleArguments
 from .usage import UsageError, nearest
 from .yaml_file import read_yaml
 
@@ -39,13 +39,11 @@ BETAS = "one number a flag: --adam-beta1 0.9 --adam-beta2 0.95"
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(ScheduleArguments):
     """All that the main job is told. Field names are Megatron's."""
 
     # the optimizer
     optimizer: str = text("muon", "by name; what one for matrices cannot take goes to adamw", list_optimizers)
-    lr: float = number(2e-3, "peak learning rate", POSITIVE, hint="write it like 3e-4 or 0.0003")
-    min_lr: float = number(0.0, "learning rate at the end of the decay", NOT_NEGATIVE, hint="at most --lr")
     weight_decay: float = number(0.01, "weight decay", NOT_NEGATIVE, hint="0 means none")
     decoupled_weight_decay: bool = switch(True, "adam, radam and Muon decay weights apart from the gradient")
     adam_beta1: float = number(0.9, "Adam's first beta", SHARE, hint=BETAS)
@@ -68,14 +66,6 @@ class Arguments:
     adaptive_muon_eps: float = number(1e-8, "epsilon of that second moment", POSITIVE, hint="1e-8 is usual")
     clip_grad: float = number(1.0, "largest global gradient norm; 0: no clipping", NOT_NEGATIVE, hint="1 is usual")
     param_override: tuple[str, ...] = words("rules NAME_PATTERN=OPTIMIZER or NAME_PATTERN=key:value,...")
-
-    # the schedule
-    train_iters: int = count(200, "steps of the whole run")
-    lr_decay_style: str = text("cosine", "schedule of the learning rate", DECAY_STYLES)
-    lr_warmup_iters: int = count(0, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = count(None, "step at which the decay ends (default: --train-iters)")
-    lr_wsd_decay_iters: int | None = count(None, "length of WSD's last part (default: a fifth of what follows warm-up)")
-    lr_wsd_decay_style: str = text("exponential", "shape of WSD's last part", WSD_DECAY_STYLES)
 
     # the model
     num_layers: int = count(4, "transformer layers")

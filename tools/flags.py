@@ -115,9 +115,9 @@ def text(default: str | None, help: str, choices: Choices = ()) -> Any:
     return _field(default, Flag(help, choices=choices, optional=default is None))
 
 
-def number(default: float, help: str, range: Range, hint: str) -> Any:
+def number(default: float | None, help: str, range: Range, hint: str) -> Any:
     """A field of a real number."""
-    return _field(default, Flag(help, float, range, hint=hint))
+    return _field(default, Flag(help, float, range, optional=default is None, hint=hint))
 
 
 def count(default: int | None, help: str, at_least: int = 1, at_most: int = 2**31 - 1) -> Any:

@@ -38,7 +38,8 @@ from .heartbeat import GRACE_S, Heartbeat, LostRankError, meet
 from .launch import Launch, Machine
 from .parallel import Engine, build_mesh
 from .report import Progress, Record, RunLog, startup_table
-from .rules import build_optimizer, check_rules, make_scheduler
+from .rules import build_optimizer, check_rules
+from .schedule import begun, decay_start, make_scheduler, tell_decay
 from .usage import EXIT_CODE, UsageError, refuse
 from .validation import Plan, check_device, gpt_config, validate
 
@@ -180,7 +181,9 @@ class Job:
         if self._curvatures and args.overlap_optimizer_with_backward:
             problem = "Sophia estimates curvature between backward and step"
             raise UsageError("--overlap-optimizer-with-backward", None, problem, hint="leave it out")
-        self.scheduler = make_scheduler(args, self.optimizer, self.done)
+        self._decay_start = decay_start(args, self.done, start.schedule)
+        self._say(*tell_decay(args, self._decay_start))
+        self.scheduler = make_scheduler(args, self.optimizer, self.done, self._decay_start)
         if heartbeat:
             self.engine.tell = heartbeat.at
             for model in self.engine.model_chunks:
@@ -250,6 +253,7 @@ class Job:
                 self.done,
                 self.consumed,
                 self.guard.state_dict(),
+                begun(self._decay_start, self.done),
                 background,
             )
 

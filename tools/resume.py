@@ -44,12 +44,14 @@ class Start:
         consumed: Position in the data.
         notes: Lines for the user.
         faults: What the checkpoint kept of steps left out and of running medians.
+        schedule: What it kept of the schedule; None where the run begins at step 0.
     """
 
     done: int = 0
     consumed: int = 0
     notes: tuple[str, ...] = ()
     faults: Mapping[str, Any] | None = None
+    schedule: Mapping[str, Any] | None = None
 
 
 def save(
@@ -60,11 +62,12 @@ def save(
     done: int,
     consumed: int,
     faults: Mapping[str, Any],
+    decay: Mapping[str, int],
     background: checkpoint.Background | None = None,
 ) -> Path:
     """Write a checkpoint under ``--save``, or begin to, in the ``background``; all ranks call it.
 
-    The schedule is a function of the step and of the flags, which are saved with it.
+    The schedule is a function of the step, of the flags, which are saved with it, and of where a ``decay`` began.
 
     Raises:
         CheckpointError: It cannot be written; those before it stay.
@@ -77,7 +80,7 @@ def save(
         consumed_samples=consumed,
         model_chunks=model_chunks,
         optimizer=optimizer,
-        schedule={name: value for name, value in flags.items() if name.startswith("lr_")},
+        schedule={name: value for name, value in flags.items() if name.startswith("lr_")} | dict(decay),
         extra={"flags": flags, "text": corpus.digest, "faults": faults},
         keep=args.keep_checkpoints,
         background=background,
@@ -117,7 +120,7 @@ def load(args: Arguments, corpus: Corpus, model_chunks: Sequence[nn.Module], opt
         notes.append("the command line wins over the checkpoint")
     if loaded.extra.get("text") != corpus.digest:
         notes.append("the text is not the one that was saved: the position in the data counts in the new one")
-    return Start(loaded.step, loaded.consumed_samples, tuple(notes), loaded.extra.get("faults"))
+    return Start(loaded.step, loaded.consumed_samples, tuple(notes), loaded.extra.get("faults"), loaded.schedule or {})
 
 
 def changed_flags(saved: Mapping[str, Any], args: Arguments) -> list[str]:

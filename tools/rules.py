@@ -8,16 +8,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from core.optimizer.chained import ChainedOptimizer
 from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers, takers_of
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from core.process_groups_config import ProcessGroupCollection
-from core.schedule import make_schedule
 
 from .arguments import Arguments, flag_of
 from .model import GPT, GPTConfig, tag_parameters
+from .schedule import configured_start, make_scheduler
 from .usage import UsageError, nearest
 
 FLAG = "--param-override"
@@ -90,7 +89,7 @@ def check_rules(args: Arguments, model: GPTConfig) -> None:
         whole = GPT(model)
     tag_parameters(whole, split_gate_up=args.split_gate_up)
     optimizer = build_optimizer(args, [whole])
-    make_scheduler(args, optimizer, done=0)
+    make_scheduler(args, optimizer, done=0, start=configured_start(args))
     used = optimizer.members
     # Adam with decoupled weight decay is called by its name.
     if args.optimizer not in used and not (args.optimizer == "adam" and "adamw" in used):
@@ -128,33 +127,6 @@ def build_optimizer(
                     "--optimizer", args.optimizer, f"{name} is left without an optimizer", hint=f"add {FLAG}"
                 )
     return optimizer
-
-
-def make_scheduler(args: Arguments, optimizer: ChainedOptimizer, done: int) -> LambdaLR:
-    """The schedule of every parameter group after ``done`` steps; a group's ``min_lr``, from a rule, wins over the flag.
-
-    Raises:
-        UsageError: A group's lowest learning rate is above its highest.
-    """
-    total = args.lr_decay_iters or args.train_iters
-    schedules = []
-    for group in optimizer.param_groups:
-        group["initial_lr"] = peak = group["lr"]
-        lowest = group.get("min_lr", args.min_lr * peak / args.lr)
-        if lowest > peak:
-            problem = f"is above the lr {peak} of the same parameters"
-            raise UsageError(FLAG, f"min_lr:{lowest}", problem, possible=f"0 to {peak}", hint="give both in one rule")
-        schedules.append(
-            make_schedule(
-                args.lr_decay_style,
-                warmup=args.lr_warmup_iters,
-                total=total,
-                floor=lowest / peak if peak else 0.0,
-                wsd_decay=args.lr_wsd_decay_iters or -(-(total - args.lr_warmup_iters) // 5),
-                wsd_anneal=args.lr_wsd_decay_style,
-            )
-        )
-    return LambdaLR(optimizer, schedules, last_epoch=done - 1)
 
 
 def _optimizer(name: str, rule: str) -> str:

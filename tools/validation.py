@@ -8,6 +8,7 @@ from .arguments import Arguments, flag_of
 from .launch import Launch, Machine
 from .model import GPTConfig
 from .parallel import check_layout
+from .schedule import check_schedule
 from .usage import UsageError
 
 
@@ -40,7 +41,8 @@ def validate(args: Arguments, launch: Launch, machine: Machine) -> Plan:
         UsageError: For the first thing that does not fit.
     """
     backend = _check_machine(args, launch, machine)
-    _check_schedule(args)
+    check_schedule(args)
+    _check_files(args)
     _check_faults(args)
     plan = _check_layout(args, launch, backend)
     launch.check_restarts()
@@ -116,22 +118,13 @@ def _check_machine(args: Arguments, launch: Launch, machine: Machine) -> str:
     return backend
 
 
-def _check_schedule(args: Arguments) -> None:
-    total, warmup = args.lr_decay_iters or args.train_iters, args.lr_warmup_iters
-    if args.min_lr > args.lr:
-        raise UsageError("--min-lr", args.min_lr, f"is above --lr {args.lr}", possible=f"0 to {args.lr}")
-    if warmup >= total:
-        name = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
-        raise UsageError("--lr-warmup-iters", warmup, f"leaves nothing of {name} {total}", possible=f"0 to {total - 1}")
-    if args.lr_wsd_decay_iters and args.lr_wsd_decay_iters > total - warmup:
-        problem = f"the warm-up leaves only {total - warmup} steps"
-        raise UsageError("--lr-wsd-decay-iters", args.lr_wsd_decay_iters, problem, possible=f"1 to {total - warmup}")
+def _check_files(args: Arguments) -> None:
     if args.save_interval and not args.save:
         raise UsageError("--save-interval", args.save_interval, "there is nowhere to save", hint="add --save DIRECTORY")
     for name in ("async_save", "keep_checkpoints", "exit_signal_handler"):
         if getattr(args, name) and not args.save:
             raise UsageError(flag_of(name), None, "there is nowhere to save", hint="add --save DIRECTORY")
-    for name in ("ckpt_step", "load_only", "finetune"):
+    for name in ("ckpt_step", "load_only", "finetune", "start_decay", "start_annealing"):
         if getattr(args, name) not in (None, (), False) and not args.load:
             raise UsageError(flag_of(name), None, "there is nothing to load from", hint="add --load DIRECTORY")
     if args.finetune and args.load_only:

@@ -1,117 +1,228 @@
-"""Pure functions ``step -> factor``, for ``torch.optim.lr_scheduler.LambdaLR``.
+"""Pure functions ``step -> factor``, each with its source; `ScheduleLR` drives an optimizer with them.
 
-``step`` is the number of optimizer steps already finished, so the first step of a run uses the factor at 0. A factor
-of 1 is the peak learning rate; ``floor`` is the lowest learning rate divided by the peak. All of them warm up linearly
-from 0 over ``warmup`` steps and stay at ``floor`` after ``total``. Style names and curves are those of Megatron-Core's
-``OptimizerParamScheduler``.
+``step`` is the number of optimizer steps already finished, so the first step of a run uses the factor at 0. A factor of 1 is the
+peak learning rate; ``floor`` is the lowest learning rate divided by the peak. Settings that they share:
+
+    warmup: steps of a straight line from ``init`` to 1.
+    total: the step at which the floor is reached; the factor stays there afterwards.
+
+Names and curves of the first five are those of Megatron-Core's ``OptimizerParamScheduler``.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
-Schedule = Callable[[int], float]
+from .checks import check_settings
+from .curves import HARMONIC, fall
+from .registry import register_scheduler
 
-# How the last part of `wsd` falls from 1 to 0, by the share of it that is over.
-_ANNEALS: dict[str, Callable[[float], float]] = {
-    "exponential": lambda share: 2.0 * 0.5**share - 1.0,
-    "linear": lambda share: 1.0 - share,
-    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
-    "minus_sqrt": lambda share: 1.0 - math.sqrt(share),
-}
-
-DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
-WSD_DECAY_STYLES = tuple(_ANNEALS)
+WSDDecay = Literal["exponential", "linear", "cosine", "minus_sqrt", "harmonic"]
+Annealing = Literal["exponential", "rsqrt"]
 
 
-def constant(step: int, *, warmup: int = 0) -> float:
-    """Linear warm-up, then 1 for ever."""
-    return step / warmup if step < warmup else 1.0
+@register_scheduler("constant", check=check_settings)
+def constant(step: int, *, warmup: int = 0, init: float = 0.0) -> float:
+    """Warm-up, then 1 for ever."""
+    return _warm(step, warmup, init) if step <= warmup else 1.0
 
 
-def linear(step: int, *, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Linear warm-up, then a straight line to ``floor`` at ``total``."""
-    return _decay(step, warmup=warmup, start=warmup, total=total, floor=floor, anneal="linear")
+@register_scheduler("linear", check=check_settings)
+def linear(step: int, *, warmup: int = 0, total: int, floor: float = 0.0, init: float = 0.0) -> float:
+    """Warm-up, then a straight line to ``floor`` at ``total``."""
+    if step <= warmup:
+        return _warm(step, warmup, init)
+    return fall("linear", _share(step, warmup, total), low=floor) if step < total else floor
 
 
-def cosine(step: int, *, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Linear warm-up, then half a cosine to ``floor`` at ``total``. Source: https://arxiv.org/abs/1608.03983"""
-    return _decay(step, warmup=warmup, start=warmup, total=total, floor=floor, anneal="cosine")
+@register_scheduler("cosine", check=check_settings)
+def cosine(
+    step: int,
+    *,
+    warmup: int = 0,
+    total: int,
+    floor: float = 0.0,
+    exponent: float = 1.0,
+    clamp: bool = True,
+    init: float = 0.0,
+) -> float:
+    """Warm-up, then half a cosine, to the power of ``exponent``, to ``floor`` at ``total``.
+
+    Args:
+        clamp: Stay at ``floor`` after ``total``; otherwise the cosine goes on, up to 1 again and down.
+
+    Source: https://arxiv.org/abs/1608.03983, equation 5 without restarts; the exponent is optax's.
+    """
+    if step <= warmup:
+        return _warm(step, warmup, init)
+    if step > total and clamp:
+        return floor
+    return float(floor + (1.0 - floor) * fall("cosine", _share(step, warmup, total)) ** exponent)
 
 
-def inverse_square_root(step: int, *, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Linear warm-up, then ``sqrt(warmup / step)``, never below ``floor``; ``floor`` after ``total``.
+@register_scheduler("inverse-square-root", check=check_settings)
+def inverse_square_root(step: int, *, warmup: int = 0, total: int, floor: float = 0.0, init: float = 0.0) -> float:
+    """Warm-up, then ``sqrt(warmup / step)``, never below ``floor``; ``floor`` after ``total``.
 
     Source: https://arxiv.org/abs/1706.03762, section 5.3
     """
-    if step < warmup:
-        return step / warmup
+    if step <= warmup:
+        return _warm(step, warmup, init)
     if step > total:
         return floor
     return max(floor, math.sqrt(max(warmup, 1) / max(step, 1)))
 
 
-def wsd(step: int, *, warmup: int, total: int, decay: int, floor: float = 0.0, anneal: str = "exponential") -> float:
-    """Warm-up, stable, decay: linear warm-up, 1, and over the last ``decay`` steps before ``total`` down to ``floor``.
-
-    Args:
-        anneal: the shape of the fall, one of ``WSD_DECAY_STYLES``.
-
-    Source: https://arxiv.org/abs/2404.06395; the names of the falls are Megatron-Core's ``--lr-wsd-decay-style``.
-    """
-    return _decay(step, warmup=warmup, start=total - decay, total=total, floor=floor, anneal=anneal)
+def _wsd_fits(settings: Mapping[str, Any]) -> None:
+    check_settings(settings)
+    if settings["anneal"] == HARMONIC and settings["floor"] == 0:
+        raise ValueError(
+            "floor is 0, and harmonic decay never gets there; possible: (0, 1]. Give a lowest learning rate."
+        )
 
 
-def make_schedule(
-    style: str,
+@register_scheduler("WSD", check=_wsd_fits)
+def wsd(
+    step: int,
     *,
-    warmup: int,
+    warmup: int = 0,
     total: int,
+    decay: int,
     floor: float = 0.0,
-    wsd_decay: int | None = None,
-    wsd_anneal: str = "exponential",
-) -> Schedule:
-    """The schedule that Megatron-Core calls ``style`` (``--lr-decay-style``), with its lengths filled in.
+    anneal: WSDDecay = "exponential",
+    init: float = 0.0,
+) -> float:
+    """Warm-up, stable, decay: warm-up, 1, and over the last ``decay`` steps before ``total`` down to ``floor``.
 
     Args:
-        warmup: steps of linear warm-up, 0 <= warmup < total.
-        total: the step at which the floor is reached.
-        floor: lowest factor, in [0, 1].
-        wsd_decay: length of the last part of ``WSD``, in steps.
+        anneal: The shape of the fall; see `curves.fall`. ``harmonic`` needs a floor above 0.
 
-    Raises:
-        ValueError: unknown style, or lengths that do not fit each other.
+    Source: https://arxiv.org/abs/2404.06395; the harmonic fall: https://arxiv.org/abs/2410.05192
     """
-    if not 0 <= warmup < total:
-        raise ValueError(f"warmup is {warmup} steps of {total}; possible: 0 <= warmup < total. Shorten the warm-up.")
-    if not 0.0 <= floor <= 1.0:
-        raise ValueError(f"floor is {floor}; possible: [0, 1]. It is the lowest learning rate divided by the peak.")
-    if style == "constant":
-        return partial(constant, warmup=warmup)
-    if style == "linear":
-        return partial(linear, warmup=warmup, total=total, floor=floor)
-    if style == "cosine":
-        return partial(cosine, warmup=warmup, total=total, floor=floor)
-    if style == "inverse-square-root":
-        return partial(inverse_square_root, warmup=warmup, total=total, floor=floor)
-    if style == "WSD":
-        if wsd_decay is None or not 0 < wsd_decay <= total - warmup:
-            raise ValueError(
-                f"WSD needs the length of its decay; given {wsd_decay}, possible: 1..{total - warmup} "
-                f"(what the warm-up of {warmup} leaves of {total} steps)."
-            )
-        if wsd_anneal not in _ANNEALS:
-            raise ValueError(f"unknown WSD decay style {wsd_anneal!r}; possible: {', '.join(_ANNEALS)}.")
-        return partial(wsd, warmup=warmup, total=total, decay=wsd_decay, floor=floor, anneal=wsd_anneal)
-    raise ValueError(f"unknown decay style {style!r}; possible: {', '.join(DECAY_STYLES)}.")
-
-
-def _decay(step: int, *, warmup: int, start: int, total: int, floor: float, anneal: str) -> float:
-    """Up from 0 to 1 until ``warmup``, 1 until ``start``, down to ``floor`` until ``total``."""
-    if step < warmup:
-        return step / warmup
-    if step <= start:
+    if step <= warmup:
+        return _warm(step, warmup, init)
+    if step <= total - decay:
         return 1.0
-    if step > total:
-        return floor
-    return floor + (1.0 - floor) * _ANNEALS[anneal]((step - start) / (total - start))
+    return fall(anneal, _share(step, total - decay, total), low=floor) if step < total else floor
+
+
+@register_scheduler("cosine-with-restarts", check=check_settings)
+def cosine_with_restarts(
+    step: int, *, warmup: int = 0, t_0: int = 1000, t_mult: float = 2.0, floor: float = 0.0, init: float = 0.0
+) -> float:
+    """Warm-up, then cosines from 1 to ``floor``: the first takes ``t_0`` steps, each ``t_mult`` times those of the one before.
+
+    Source: https://arxiv.org/abs/1608.03983, equation 5
+    """
+    if step <= warmup:
+        return _warm(step, warmup, init)
+    at = step - warmup
+    if t_mult == 1:
+        at %= t_0
+    for length in cycle_lengths(t_0, t_mult):
+        if at < length:
+            break
+        at -= length
+    return fall("cosine", at / length, low=floor)
+
+
+def cycle_lengths(t_0: int, t_mult: float) -> Iterator[int]:
+    """Steps of one cycle of `cosine_with_restarts` after the other, without end; whole numbers for every ``t_mult``."""
+    length = t_0
+    while True:
+        yield length
+        length = round(min(length * t_mult, 2.0**53))
+
+
+@register_scheduler("polynomial", check=check_settings)
+def polynomial(
+    step: int, *, warmup: int = 0, total: int, power: float = 1.0, floor: float = 0.0, init: float = 0.0
+) -> float:
+    """Warm-up, then ``(1 - share of the way to total) ** power``, above ``floor``. Source: torch's ``PolynomialLR``."""
+    if step <= warmup:
+        return _warm(step, warmup, init)
+    return floor + (1.0 - floor) * (1.0 - _share(step, warmup, total)) ** power if step < total else floor
+
+
+@register_scheduler("exponential", check=check_settings)
+def exponential(
+    step: int,
+    *,
+    warmup: int = 0,
+    gamma: float,
+    interval: int = 1,
+    staircase: bool = False,
+    floor: float = 0.0,
+    init: float = 0.0,
+) -> float:
+    """Warm-up, then times ``gamma`` every ``interval`` steps, never below ``floor``. Source: torch's ``ExponentialLR``.
+
+    Args:
+        staircase: Fall at the end of each interval, instead of a little each step.
+    """
+    if step <= warmup:
+        return _warm(step, warmup, init)
+    intervals = (step - warmup) // interval if staircase else (step - warmup) / interval
+    return max(floor, float(gamma**intervals))
+
+
+@register_scheduler("step", check=check_settings)
+def step_decay(
+    step: int, *, warmup: int = 0, gamma: float = 0.1, interval: int, floor: float = 0.0, init: float = 0.0
+) -> float:
+    """Warm-up, then times ``gamma`` after every ``interval`` steps, never below ``floor``. Source: torch's ``StepLR``."""
+    return exponential(step, warmup=warmup, gamma=gamma, interval=interval, staircase=True, floor=floor, init=init)
+
+
+def _infinite_fits(settings: Mapping[str, Any]) -> None:
+    check_settings(settings)
+    if settings["floor"] == 0:
+        raise ValueError("floor is 0, and annealing never gets there; possible: (0, 1]. Give a lowest learning rate.")
+    if settings["begin"] >= 0 and settings["floor"] > settings["constant"]:
+        raise ValueError(f"floor is {settings['floor']}, above the constant {settings['constant']}; lower it.")
+    if settings["anneal"] == "rsqrt" and not settings["decay"]:
+        raise ValueError("rsqrt annealing needs the number of its steps; given decay 0, possible: 1 and more.")
+
+
+@register_scheduler("infinite", check=_infinite_fits)
+def infinite(
+    step: int,
+    *,
+    warmup: int = 0,
+    cooldown: int = 0,
+    constant: float = 1.0,
+    begin: int = -1,
+    anneal: Annealing = "exponential",
+    tau: float = 1e4,
+    decay: int = 0,
+    floor: float,
+    init: float = 0.0,
+) -> float:
+    """Warm-up, half a cosine from 1 to ``constant`` over ``cooldown`` steps, ``constant`` for ever, or until annealing begins.
+
+    Without a cooldown the constant phase is at 1, and annealing still begins at ``constant``.
+
+    Args:
+        begin: The step at which annealing begins; -1: never.
+        anneal: ``exponential``: ``constant (floor / constant) ** ((step - begin) / (tau + begin))``, never below ``floor``;
+            ``rsqrt``: the harmonic fall to ``floor`` over ``decay`` steps.
+
+    Source: https://arxiv.org/abs/2503.02844, equation 1; ``rsqrt``: https://arxiv.org/abs/2410.05192
+    """
+    if step < warmup:
+        return _warm(step, warmup, init)
+    if step < warmup + cooldown:
+        return fall("cosine", (step - warmup) / cooldown, low=constant)
+    if begin < 0 or step < begin:
+        return constant if cooldown else 1.0
+    if anneal == "rsqrt":
+        return fall(HARMONIC, (step - begin) / decay, constant, floor) if step < begin + decay else floor
+    return float(max(floor, constant * (floor / constant) ** ((step - begin) / (tau + begin))))
+
+
+def _warm(step: int, warmup: int, init: float) -> float:
+    return init + (1.0 - init) * step / warmup if step < warmup else 1.0
+
+
+def _share(step: int, start: int, end: int) -> float:
+    return (step - start) / (end - start)

@@ -1,0 +1,158 @@
+"""The one ``LRScheduler``: any schedule drives any optimizer's parameter groups."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .registry import Schedule, make_schedule, settings_of
+
+
+class ScheduleLR(LRScheduler):
+    """Sets the learning rate of every parameter group to its peak times a function of the finished steps.
+
+    A group's peak is its ``max_lr * lr_mult`` where it has a ``max_lr``, as groups of Megatron-Core do, and otherwise the ``lr``
+    that it has (`get_optimizer` has put ``lr_mult`` into it, and ``wd_mult`` into ``weight_decay``, which stays). A learning rate
+    that is a tensor is written in place, so that compiled steps and captured graphs see it.
+
+    Args:
+        optimizer: Its groups' ``lr`` is overwritten, at once and by every `step`.
+        schedule: ``step -> factor``, for all groups or one for each. See `make_schedule`, `for_groups`.
+        momentum: ``step -> momentum``, written to the first of a group's ``betas``, or to its ``momentum``.
+        last_epoch: Finished steps minus one; -1 for a new run.
+
+    Raises:
+        ValueError: another number of schedules than of groups, a group without the momentum that is to be set, or one of a
+            resumed run whose peak is not known.
+    """
+
+    unsaved: frozenset[str] = frozenset({"optimizer", "schedules", "momentum"})
+    """Attributes that are never saved and never loaded."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedule: Schedule | Sequence[Schedule],
+        *,
+        momentum: Schedule | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        groups = optimizer.param_groups
+        self.schedules = [schedule] * len(groups) if callable(schedule) else [*schedule]
+        if len(self.schedules) != len(groups):
+            raise ValueError(
+                f"{len(self.schedules)} schedules for {len(groups)} parameter groups; give one, or one for each."
+            )
+        self.momentum = momentum
+        for i, group in enumerate(groups):
+            if momentum and "betas" not in group and not group.get("momentum"):
+                raise ValueError(
+                    f"parameter group {i} of {type(optimizer).__name__} has neither betas nor a momentum above 0; leave "
+                    f"momentum as it is, or give it one."
+                )
+            if last_epoch >= 0 and "initial_lr" not in group and group.get("max_lr") is None:
+                raise ValueError(
+                    f"parameter group {i} has neither initial_lr nor max_lr, and its lr of step {last_epoch} is no peak; load "
+                    f"the optimizer's state first, or set initial_lr."
+                )
+        for group in groups:
+            group.setdefault("initial_lr", peak_of(group))
+        super().__init__(optimizer, last_epoch)
+        # Plain numbers, so that a step reads nothing back from a device.
+        self.base_lrs: list[float | Tensor] = [float(base) for base in self.base_lrs]
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [float(base) * self.factor(i) for i, base in enumerate(self.base_lrs)]
+
+    def factor(self, group: int) -> float:
+        """What the peak of a group is multiplied by at the present step."""
+        return self.schedules[group](self.last_epoch)
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        self._set_momentum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the optimizer and what comes from the constructor alone (`unsaved`)."""
+        return {name: value for name, value in super().state_dict().items() if name not in self.unsaved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` gave, and set the learning rates of its step.
+
+        Raises:
+            ValueError: it is of another number of parameter groups, is not the state of a scheduler, or does not fit the
+                constructor's arguments. Nothing is changed then.
+        """
+        if "last_epoch" not in state_dict:
+            raise ValueError(f"this is no state of {type(self).__name__}: it has no last_epoch, only {[*state_dict]}.")
+        if len(state_dict.get("base_lrs", self.base_lrs)) != len(self.base_lrs):
+            saved, here = len(state_dict["base_lrs"]), len(self.base_lrs)
+            raise ValueError(
+                f"the state is of {saved} parameter groups, and there are {here}; load that of this optimizer."
+            )
+        before = dict(vars(self))
+        try:
+            self._take(state_dict)
+            lrs = self.get_lr()
+        except ValueError:
+            vars(self).update(before)
+            raise
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            set_lr(group, lr)
+        self._last_lr: list[float | Tensor] = [_copy(group["lr"]) for group in self.optimizer.param_groups]
+        self._set_momentum()
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        vars(self).update({name: value for name, value in state.items() if name not in self.unsaved})
+
+    def _set_momentum(self) -> None:
+        for group in self.optimizer.param_groups if self.momentum else ():
+            assert self.momentum is not None
+            momentum = self.momentum(self.last_epoch)
+            if "betas" in group:
+                group["betas"] = (momentum, *group["betas"][1:])
+            else:
+                group["momentum"] = momentum
+
+
+def for_groups(optimizer: Optimizer, name: str, *, floor: float = 0.0, **settings: Any) -> list[Schedule]:
+    """The schedule ``name`` for each parameter group; a group's own ``min_lr`` is its floor.
+
+    Raises:
+        ValueError: as `make_schedule`, or a group's ``min_lr`` is above its peak.
+    """
+    schedules = []
+    for i, group in enumerate(optimizer.param_groups):
+        peak, own = float(group.get("initial_lr", peak_of(group))), {}
+        if "floor" in settings_of(name):
+            lowest = group.get("min_lr")
+            if lowest is not None and lowest > peak:
+                raise ValueError(
+                    f"parameter group {i} has min_lr {lowest}, above its peak {peak}; possible: 0 to {peak}."
+                )
+            own["floor"] = floor if lowest is None or not peak else lowest / peak
+        elif floor:
+            raise ValueError(f"{name} has no floor, and {floor} was given; leave it out.")
+        schedules.append(make_schedule(name, **own, **settings))
+    return schedules
+
+
+def peak_of(group: dict[str, Any]) -> float | Tensor:
+    """The highest learning rate of a parameter group that no scheduler has touched."""
+    if group.get("max_lr") is not None:
+        return float(group["max_lr"]) * float(group.get("lr_mult", 1.0))
+    return _copy(group["lr"])
+
+
+def set_lr(group: dict[str, Any], lr: float | Tensor) -> None:
+    """Write ``lr`` into a parameter group; in place where it holds a tensor."""
+    if isinstance(group.get("lr"), Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def _copy(lr: float | Tensor) -> float | Tensor:
+    return lr.clone() if isinstance(lr, Tensor) else lr
