@@ -49,6 +49,11 @@ LINES = [
         "--overlap-optimizer-with-backward",
         "--overlap-optimizer-with-backward: --clip-grad 1.0 needs the norm.*--clip-grad 0",
     ),
+    (
+        "a bubble without a pipeline",
+        "--overlap-optimizer-with-bubble",
+        "--overlap-optimizer-with-bubble: without a pipeline.*--pipeline-model-parallel-size 2",
+    ),
     ("no iterations", "--muon-num-ns-steps 0", "--muon-num-ns-steps 0.*>= 1 and <= 20"),
     ("too many iterations", "--muon-num-ns-steps 21", "--muon-num-ns-steps 21.*>= 1 and <= 20"),
     (

@@ -105,6 +105,9 @@ class Arguments(ScheduleArguments):
     overlap_optimizer_with_backward: bool = switch(
         False, "step Muon's matrices of owner mode as their gradients come; needs --clip-grad 0 and no pipeline"
     )
+    overlap_optimizer_with_bubble: bool = switch(
+        False, "a pipeline stage steps when its own last backward is done; keeps parameters and state twice"
+    )
     bf16: bool = switch(False, "matrix products in bfloat16, parameters in fp32")
     fp16: bool = switch(False, "refused: there is no loss scaler")
     use_triton: bool = switch(False, "refused: there are no Triton kernels yet")
@@ -150,6 +153,7 @@ class Arguments(ScheduleArguments):
     ckpt_format: str = text("torch_dist", "format of checkpoints", ("torch_dist",))
     log_dir: str | None = text(None, "directory of log.csv and log.jsonl")
     log_interval: int = count(1, "steps between logged lines")
+    trace: str | None = text(None, "file for a Chrome trace of the last three steps, for tools.plot_timeline")
     config: str | None = text(None, "YAML file of these flags, with underscores; the command line wins")
 
     # settings of optimizers that are no field above: those that were given

@@ -158,6 +158,7 @@ class Engine:
     Attributes:
         model_chunks: This rank's pipeline stages, one unless the schedule is interleaved. Parameters carry global names
             and the attributes of `tag_parameters`; sharded ones are DTensors.
+        stages: Their places in the pipeline; none without one.
         tell: Called with ``gradients`` and ``loss`` when their reduction begins.
 
     Raises:
@@ -200,6 +201,7 @@ class Engine:
             tag_parameters(model, split_gate_up=split_gate_up)
             self.model_chunks.append(model)
         self._schedule: Schedule | None = None
+        self.stages: list[PipelineStage] = []
         self._tied_group: ProcessGroup | None = None
         if mesh is not None and self.pp > 1:
             pipeline = mesh["pp"].get_group()
@@ -209,13 +211,19 @@ class Engine:
         self._batch_shape: torch.Size | None = None
         self.tell: Callable[[str], None] = lambda phase: None
 
-    def train_step(self, batch: Tensor, last: AbstractContextManager[Any] | None = None) -> float:
+    def train_step(
+        self,
+        batch: Tensor,
+        last: AbstractContextManager[Any] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> float:
         """Forward and backward of the global batch; ``.grad`` becomes the gradient of its mean loss.
 
         Args:
             batch: Token ids (global batch, sequence + 1), the same on every rank.
             last: What the last micro-batch's backward runs in, without a pipeline. It makes gradients final itself, by
                 `make_final`.
+            then: Called when this rank's gradients are final, before it waits for the other stages' losses.
 
         Returns:
             Mean loss over all tokens of the global batch in nats, the same on every rank.
@@ -230,6 +238,8 @@ class Engine:
         if last is None:
             self.tell("gradients")
             self._reduce_gradients()
+        if then is not None:
+            then()
         self.tell("loss")
         return self._sum(losses)
 
@@ -291,7 +301,7 @@ class Engine:
         return losses
 
     def _build_schedule(self, name: str, mine: Iterable[int], num_stages: int, group: ProcessGroup) -> Schedule:
-        stages = [
+        self.stages = stages = [
             PipelineStage(cast(nn.Module, model), index, num_stages, self.device, group=group)
             for model, index in zip(self.model_chunks, mine, strict=True)
         ]

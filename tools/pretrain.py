@@ -31,7 +31,8 @@ from core.optimizer.sophia import Sophia
 from core.process_groups_config import ProcessGroupCollection
 
 from . import resume
-from .arguments import Arguments, parse_arguments
+from .arguments import Arguments, flag_of, parse_arguments
+from .bubble import BubbleStep
 from .data import Corpus, load_corpus, split_samples
 from .exits import SIGNALS, Exits
 from .heartbeat import GRACE_S, Heartbeat, LostRankError, meet
@@ -40,6 +41,7 @@ from .parallel import Engine, build_mesh
 from .report import Progress, Record, RunLog, startup_table
 from .rules import build_optimizer, check_rules
 from .schedule import begun, decay_start, make_scheduler, tell_decay
+from .trace import Trace
 from .usage import EXIT_CODE, UsageError, refuse
 from .validation import Plan, check_device, gpt_config, validate
 
@@ -144,6 +146,7 @@ class Job:
         self.args, self.plan, self.corpus = args, plan, corpus
         self.first = launch.rank == 0
         self._heartbeat = heartbeat
+        self._trace: Trace | None = None
         self.train, self.valid = split_samples(corpus, seq_length=args.seq_length, seed=args.seed)
         self.engine = Engine(
             gpt_config(args, corpus.padded_vocab_size()),
@@ -178,16 +181,22 @@ class Job:
         members = self.optimizer.members.items()
         mine = [(name, m.estimator, m.hessian_interval) for name, m in members if isinstance(m, Sophia)]
         self._curvatures = list(dict.fromkeys(gather(mine)))
-        if self._curvatures and args.overlap_optimizer_with_backward:
-            problem = "Sophia estimates curvature between backward and step"
-            raise UsageError("--overlap-optimizer-with-backward", None, problem, hint="leave it out")
+        for name in ("overlap_optimizer_with_backward", "overlap_optimizer_with_bubble"):
+            if self._curvatures and getattr(args, name):
+                problem = "Sophia estimates curvature between backward and step"
+                raise UsageError(flag_of(name), None, problem, hint="leave it out")
         self._decay_start = decay_start(args, self.done, start.schedule)
         self._say(*tell_decay(args, self._decay_start))
         self.scheduler = make_scheduler(args, self.optimizer, self.done, self._decay_start)
+        self.engine.tell = self._at
         if heartbeat:
-            self.engine.tell = heartbeat.at
             for model in self.engine.model_chunks:
                 heartbeat.follow(model)
+        stage = mesh["pp"].get_local_rank() if mesh else 0
+        if args.trace:
+            self._trace = Trace(launch.rank, stage, self.engine.device)
+            self._trace.follow(self.engine.stages)
+        self._bubble = self._bubble_step(has_bubble=stage > 0) if args.overlap_optimizer_with_bubble else None
 
     def run(self, exits: Exits | None = None) -> None:
         """Train to ``--train-iters``, or until it is time to leave.
@@ -235,11 +244,21 @@ class Job:
                 progress.say(f"saving {path} in the background" if background else f"saved {path}")
             if why:
                 progress.say(f"leaving after step {self.done}: {why}")
-                return
+                break
+        if self._trace:
+            self._trace.write(Path(args.trace or ""))
+
+    def _bubble_step(self, *, has_bubble: bool) -> BubbleStep:
+        try:
+            return BubbleStep(self.optimizer, self.guard, has_bubble=has_bubble, tell=self._at)
+        except ValueError as error:
+            raise UsageError("--overlap-optimizer-with-bubble", None, str(error), hint="leave it out") from None
 
     def _at(self, phase: str, step: int | None = None) -> None:
         if self._heartbeat:
             self._heartbeat.at(phase, step)
+        if self._trace:
+            self._trace.at(phase, self.done + 1)
 
     def _save(self, background: Background | None) -> Path:
         self._at("save")
@@ -267,16 +286,19 @@ class Job:
         early = args.overlap_optimizer_with_backward
         last = EarlyStep(self.optimizer, reduce=self.engine.make_final) if early else None
         self._at("forward")
-        loss = self.engine.train_step(batch, last)
+        loss = self.engine.train_step(batch, last, self._bubble.begin if self._bubble else None)
         self._at("clip")
         if early:
             verdict = Verdict(True, self._early_norm())
+        elif self._bubble:
+            verdict = self._bubble.settle(self.done + 1, loss, args.clip_grad)
         else:
             verdict = self.guard.judge(self.done + 1, loss, max_norm=args.clip_grad)
             self._at("optimizer")
             if verdict.take:
                 self._estimate_curvature(batch)
                 self.optimizer.step()
+        self._at("log")
         with warnings.catch_warnings():
             # A step may be left out, the first too; the schedule counts it.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")

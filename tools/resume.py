@@ -17,7 +17,7 @@ from .data import Corpus
 
 # Where files lie and what is told has no part in the training; of the layout the checkpoint speaks itself.
 _UNSAID = {
-    *("save", "load", "save_interval", "log_dir", "log_interval", "config", "eval_interval", "eval_iters"),
+    *("save", "load", "save_interval", "log_dir", "log_interval", "trace", "config", "eval_interval", "eval_iters"),
     *(
         "async_save",
         "keep_checkpoints",

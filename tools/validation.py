@@ -50,6 +50,7 @@ def validate(args: Arguments, launch: Launch, machine: Machine) -> Plan:
     if launch.rank == 0:
         _check_writable("--save", args.save)
         _check_writable("--log-dir", args.log_dir)
+        _check_writable("--trace", str(Path(args.trace).parent) if args.trace else None)
     return plan
 
 
@@ -94,6 +95,9 @@ def _check_machine(args: Arguments, launch: Launch, machine: Machine) -> str:
     if args.overlap_optimizer_with_backward and args.pipeline_model_parallel_size > 1:
         problem = "the pipeline schedule does not say which backward is a parameter's last"
         raise UsageError(flag, None, problem, possible="--pipeline-model-parallel-size 1", hint="leave it out")
+    if args.overlap_optimizer_with_bubble and args.pipeline_model_parallel_size == 1:
+        flag, problem = "--overlap-optimizer-with-bubble", "without a pipeline there is no bubble"
+        raise UsageError(flag, None, problem, possible="--pipeline-model-parallel-size 2 or more", hint="leave it out")
     if args.use_triton and not machine.gpus:
         problem = "Triton kernels run on a GPU, and torch sees none"
         raise UsageError("--use-triton", None, problem, hint="leave it out: torch's own kernels serve the CPU")

@@ -1,0 +1,90 @@
+"""A step that is taken before all ranks know whether it may be, and is taken back where it may not."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..placements import local
+from .chained import ChainedOptimizer
+from .clip import GlobalClip
+
+
+class SpeculativeStep:
+    """Takes a step of ``optimizer`` that :meth:`undo` can take back, bit for bit.
+
+    Whether a step may be taken, and with gradients scaled by how much, depends on all ranks: the global norm, a gradient
+    that is not finite somewhere. A pipeline stage whose backward is done would wait for that. Instead it steps at once, as if
+    nothing were to be clipped, and does it over if it has to::
+
+        ahead = SpeculativeStep(optimizer)
+        ahead.step()                     # in the pipeline's bubble
+        norm = optimizer.clip_grad_norm_(1.0)  # waits for the other stages
+        if norm > 1.0:
+            ahead.undo()
+            optimizer.step()
+
+    The forward pass that follows must not begin before that is settled. Memory: this rank's parameters and state once
+    more, from the first step on.
+
+    Args:
+        optimizer: Of one stage.
+
+    Raises:
+        ValueError: when its rule reduces over all stages, and some of them would not be there.
+    """
+
+    def __init__(self, optimizer: ChainedOptimizer) -> None:
+        for name, member in optimizer.members.items():
+            if isinstance(member, GlobalClip) and member.max_norm is not None and _stages(optimizer) > 1:
+                raise ValueError(
+                    f"{name} itself scales by a norm over all pipeline stages (max_norm={member.max_norm}), so none can step "
+                    f"before the others. Give it no norm of its own (max_norm None), and clip gradients instead."
+                )
+        self._optimizer = optimizer
+        self._copies: list[Tensor] = []
+        self._taken = False
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take the step; mutates parameters and state."""
+        tensors = list(self._tensors())
+        if [_kind(x) for x in self._copies] != [_kind(x) for x in tensors]:
+            self._copies = [torch.empty_like(x) for x in tensors]
+        for copy, x in zip(self._copies, tensors, strict=True):
+            copy.copy_(x)
+        self._settings = [_settings(group) for group in self._optimizer.param_groups]
+        self._taken = True
+        self._optimizer.step()
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Make parameters, state and settings those from before :meth:`step`; gradients are left alone."""
+        assert self._taken, "there is no step to take back"
+        for copy, x in zip(self._copies, self._tensors(), strict=True):
+            x.copy_(copy)
+        for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
+        self._taken = False
+
+    def _tensors(self) -> Iterable[Tensor]:
+        """This rank's shards of all that a step may change."""
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                yield local(p)
+                for _, value in sorted(self._optimizer.state[p].items()):
+                    if isinstance(value, Tensor):
+                        yield local(value)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
+
+
+def _stages(optimizer: ChainedOptimizer) -> int:
+    return optimizer.pg_collection.axis("pp").size

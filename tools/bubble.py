@@ -1,0 +1,99 @@
+"""The optimizer step inside the pipeline's bubble: a stage steps when its own last backward is done, not when everybody's is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from core import engine
+from core.faults import FaultError, Guard, Verdict
+from core.layout import Reduce, Rule
+from core.optimizer.chained import ChainedOptimizer
+from core.optimizer.clip import clip_factor
+from core.optimizer.speculative import SpeculativeStep
+from core.placements import local_gradient
+
+
+class BubbleStep:
+    """Steps a stage before the others' losses and norms are known, and takes that back where they do not allow it.
+
+    The first stage is the last to finish its backward and has no bubble, so it waits. After a step whose gradients were
+    clipped the others wait, too: the next one will most likely be clipped as well, and a step for nothing warms only the
+    room. What comes out is what the ordinary order gives, bit for bit.
+
+    Args:
+        optimizer: Of this stage.
+        guard: Judges each step.
+        has_bubble: Whether this stage finishes before another.
+        tell: Called with ``optimizer`` when a step begins.
+
+    Attributes:
+        ahead: Steps that were taken in the bubble and stayed.
+        undone: Steps that were taken in the bubble and taken back.
+
+    Raises:
+        ValueError: when the optimizer itself reduces over all stages.
+    """
+
+    def __init__(
+        self,
+        optimizer: ChainedOptimizer,
+        guard: Guard,
+        *,
+        has_bubble: bool,
+        tell: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self._optimizer, self._guard, self._tell = optimizer, guard, tell
+        self._speculative, self._has_bubble = SpeculativeStep(optimizer), has_bubble
+        self._was_clipped = self._begun = False
+        self.ahead = self.undone = 0
+
+    def begin(self) -> None:
+        """Step, if it is likely to stay. All ranks of the stage call it with final gradients."""
+        if self._has_bubble and not self._was_clipped and self._is_finite():
+            self._tell("optimizer")
+            self._speculative.step()
+            self._begun = True
+
+    def settle(self, step: int, loss: float, max_norm: float) -> Verdict:
+        """Let all ranks judge, and make the step what they decided; all ranks call it. Arguments as :meth:`Guard.judge`.
+
+        Raises:
+            FaultError: as there; nothing was changed.
+        """
+        try:
+            verdict = self._guard.judge(step, loss, max_norm=max_norm)
+        except FaultError:
+            self._undo()
+            raise
+        norm = torch.tensor(verdict.norm, dtype=torch.float64)
+        self._was_clipped = max_norm > 0 and bool(clip_factor(norm, max_norm) < 1)
+        if not verdict.take or self._was_clipped:
+            self._undo()
+        if verdict.take and not self._begun:
+            self._tell("optimizer")
+            self._optimizer.step()
+        self.ahead += self._begun
+        self._begun = False
+        return verdict
+
+    def _undo(self) -> None:
+        if self._begun:
+            self._speculative.undo()
+            self.undone += 1
+        self._begun = False
+
+    def _is_finite(self) -> bool:
+        """Whether all gradients of this stage are: some optimizers fail on others, and only the guard may stop a run."""
+        entries = self._optimizer.entries()
+        gradients = [local_gradient(p) for _, p, _ in entries if p.grad is not None]
+        # A sum of absolute values is finite where each of them is, short of an overflow, which may wait as well.
+        sums = [g.abs().sum(dtype=torch.float64) for g in gradients]
+        mine = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        groups = self._optimizer.pg_collection
+        group = groups.domain(tuple(groups.axis(name) for name in ("tp", "dp"))).group
+        return bool(engine.run([("gradients of the stage", _sum(mine, group))])[0].isfinite())
+
+
+def _sum(x: torch.Tensor, group: Any) -> Rule:
+    return (yield Reduce(x, "sum", () if group is None else (group,)))
