@@ -9,8 +9,14 @@ from torch import Tensor
 from .products import product, symmetric_product
 from .variants import NARROW, Coefficients
 
-EPS = 1e-15
+EPS = 1e-30
 """Smallest norm that is divided by: a zero matrix stays zero, one with a smaller norm comes out smaller."""
+
+VANISHING = 2.0**-50
+"""Norm of a matrix below which the squares of its entries, in float32, are too small to be exact."""
+
+LIFT = 2.0**80
+"""What brings such a matrix near 1; exact."""
 
 UNIT = 2.0**6
 """Norm of float16 matrices: their small entries keep their digits, and R stays far below the largest number, 65504."""
@@ -26,7 +32,7 @@ LARGEST = 2.0**30
 
 
 def iterate(
-    x: Tensor, groups: Sequence[Coefficients], dtype: torch.dtype, *, wide: bool, scale: float, eps: float
+    x: Tensor, groups: Sequence[Coefficients], dtype: torch.dtype, *, wide: bool, whole: bool, scale: float, eps: float
 ) -> Generator[Tensor, Tensor, Tensor]:
     """``scale`` times the iterations of ``groups`` on X / (‖X‖ + eps); ‖X‖ is the root of the trace of R where that is exact.
 
@@ -36,6 +42,7 @@ def iterate(
         groups: Iterations between two Gram matrices.
         dtype: Of the arithmetic.
         wide: Whether ``x`` is X.
+        whole: Whether it is the whole of it.
         scale: Factor of the result.
         eps: Added to the norm.
 
@@ -54,14 +61,26 @@ def iterate(
     if dtype in NARROW:
         # Divided by the norm while it is cast. In bfloat16 that would be one rounding more, so the first iteration is in float32.
         size, first_dtype = (UNIT, dtype) if dtype == torch.float16 else (1.0, torch.float32)
-        x = _rounded(x, size * _inverse(_norms(x), eps), first_dtype)
+        x = _rounded(x, size * _inverse(_norms(x), eps, EPS), first_dtype)
     else:
         x = x.to(dtype)
+    lift = x.new_ones(())
+    if whole and not x.is_cpu and dtype not in NARROW:
+        # Without looking at the outcome, for which the host would have to wait.
+        lift = _lift(_norms(x)).to(x.dtype)
+        x = x * lift
     for i, group in enumerate(groups):
-        r = yield symmetric_product(x, x.mT) if wide else symmetric_product(x.mT, x)
+        r = yield _gram(x, wide)
         factor: Tensor | float = 1.0
         if i == 0 and dtype not in NARROW:
-            factor = _inverse(_diagonal(r).sum(-1)[..., None, None].sqrt(), eps)
+            norms = _root_of_trace(r)
+            # Every rank has this R, so all or none of them ask for another one.
+            if x.is_cpu and bool((norms < VANISHING).any()):
+                lift = _lift(norms).to(x.dtype)
+                x = x * lift
+                r = yield _gram(x, wide)
+                norms = _root_of_trace(r)
+            factor = _inverse(norms, eps * lift, EPS * lift)
             r = r * factor.square()
         q, p = _polynomial(r, group, size**-2, apart=dtype != torch.float16)
         if i == len(groups) - 1 and dtype != torch.float16:
@@ -84,8 +103,10 @@ def _unscaled(x: Tensor, coefs: Coefficients, scale: float, eps: float) -> Tenso
     norm = _norm(x)
     if not isfinite(norm):
         return torch.full_like(x, torch.nan)
+    if not norm:
+        return torch.zeros_like(x)
     inverse = 1 / max(norm + eps, EPS)
-    if norm and not 1 / LARGEST < norm < LARGEST:
+    if not 1 / LARGEST < norm < LARGEST:
         # Exact. Later iterations must neither overflow nor vanish.
         shift = 2.0 ** -max(-100, min(100, round(log2(norm))))
         x, inverse = x * shift, inverse / shift
@@ -142,27 +163,44 @@ def _combined(x: Tensor, q: Tensor | float, p: Tensor, factor: Tensor | float, w
     return product(left, right, x * (q * factor))
 
 
+def _gram(x: Tensor, wide: bool) -> Tensor:
+    return symmetric_product(x, x.mT) if wide else symmetric_product(x.mT, x)
+
+
 def _diagonal(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1)
+
+
+def _lift(norms: Tensor) -> Tensor:
+    return torch.where(norms < VANISHING, LIFT, 1.0)
+
+
+def _root_of_trace(r: Tensor) -> Tensor:
+    """(B, 1, 1), or (1, 1) for one R."""
+    return _diagonal(r).sum(-1)[..., None, None].sqrt()
 
 
 def _norm(x: Tensor) -> float:
     """Frobenius norm of a bfloat16 matrix; in blocks that fit the cache, twice as fast as torch's."""
     rows = max(1, BLOCK // x.shape[-1])
     blocks = (block.float().flatten() for block in x.split(rows))
-    return sqrt(sum(float(torch.dot(block, block)) for block in blocks))
+    norm = sqrt(sum(float(torch.dot(block, block)) for block in blocks))
+    return norm if norm >= VANISHING or norm != norm else float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _norms(x: Tensor) -> Tensor:
     """(B, 1, 1) float32. Row by row: a sum of millions of squares in one go loses its third digit."""
-    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    # In float64 nothing vanishes; on CPU that takes many times as long, and there a look at the outcome costs nothing.
+    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32 if x.is_cpu else torch.float64)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
-    return norms
+    if x.is_cpu and bool((norms < VANISHING).any()):
+        norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    return norms.float()
 
 
-def _inverse(norms: Tensor, eps: float) -> Tensor:
+def _inverse(norms: Tensor, eps: Tensor | float, floor: Tensor | float) -> Tensor:
     """What X is multiplied by; NaN, not 0, for a norm that is infinite, so that no finite result comes of it."""
-    return norms.masked_fill(norms.isinf(), torch.nan).add(eps).clamp_min(EPS).reciprocal()
+    return (norms.masked_fill(norms.isinf(), torch.nan) + eps).clamp_min(floor).reciprocal()
 
 
 def _rounded(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:

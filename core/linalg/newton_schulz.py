@@ -48,8 +48,9 @@ def newton_schulz(
     """``scale`` times the orthogonalization of each whole matrix.
 
     A matrix of zeros gives zeros. X is divided by max(‖X‖ + ``eps``, :data:`EPS`): below that norm the result shrinks with X, to
-    zero in float16. A NaN, an infinity or a norm above 1.8e19 (in float64 1.3e154) makes that whole matrix NaN, and no other
-    of the stack.
+    zero in float16; so it does below a norm of 1e-15 where float32 shards are on an accelerator, because the host does not
+    wait for what is known only then. A NaN, an infinity or a norm above 1.8e19 (in float64 1.3e154) makes that whole matrix
+    NaN, and no other of the stack.
 
     Args:
         x: (B, m, n), this rank's shards; bfloat16, float32 or float64. Not changed.
@@ -91,6 +92,7 @@ def newton_schulz(
         variant.groups(coefs),
         variant.dtype,
         wide=wide or turn,
+        whole=lay.is_whole,
         scale=scale,
         eps=eps,
     )
