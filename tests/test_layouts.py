@@ -29,7 +29,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hn_adam": [{"lam0": 3.3}, {"lam0": 2.2}, {"variant": "trustformers"}],
     "lamb": [{}, {"max_grad_norm": 1.0}],
     "mars": [{"clip": "global"}, {"clip": "tensor"}],
-    "adaptive_muon": [{"moment2_method": method} for method in ("adamuon", "normuon", "namo")],
+    "adaptive_muon": [
+        *({"moment2_method": method} for method in ("adamuon", "normuon", "namo")),
+        {"align_rms": True},
+    ],
     "adam": [{}, {"eps_root": 1e-6, "mu_dtype": "float32"}],
     "ademamix": [{"alpha_warmup": 6, "beta3_warmup": 8}, {"betas": (0.0, 0.999, 0.9999)}],
     "rmsprop": [{"momentum": 0.9, "nesterov": True, "initial_scale": 1.0}, {"variant": "torch"}],

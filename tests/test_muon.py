@@ -130,7 +130,21 @@ def test_tiny_and_zero_matrices_stay_finite(size):
     x = (whole_gradient(0, 0, (24, 64)) * size).float()
     out = run(x, coefficients("quintic", 5), "highest")
     assert torch.isfinite(out).all()
-    assert (float(out.norm()) > 1) == (size in (1e-12, 1e12))
+    assert (float(out.norm()) > 1) == (size in (1e-26, 1e12))
+
+
+def test_adamuon_can_have_the_size_of_muon():
+    size, plain = (
+        train(TensorParallelAdaptiveMuon(parameters(), 1.0, weight_decay=0.0, fp32_matmul_prec="highest", **kwargs), 1)
+        for kwargs in ({"align_rms": True}, {})
+    )
+    muon = train(TensorParallelMuon(parameters(), 1.0, weight_decay=0.0, fp32_matmul_prec="highest"), 1)
+    for start, p, q, r in zip(parameters(), size, plain, muon, strict=True):
+        aligned, adapted, wanted = ((after - start.detach()).flatten() for after in (p, q, r))
+        torch.testing.assert_close(aligned.norm(), wanted.norm(), rtol=1e-4, atol=0.0)
+        assert float(torch.cosine_similarity(aligned, adapted, dim=0)) > 1 - 1e-5
+    with pytest.raises(ValueError, match="'normuon' has Muon's size by itself"):
+        TensorParallelAdaptiveMuon(parameters(), moment2_method="normuon", align_rms=True)
 
 
 def test_user_precision_is_left_alone():

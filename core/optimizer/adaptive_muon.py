@@ -1,6 +1,7 @@
 """Muon with a second moment, for tensor-parallel parameters, with Megatron-Core's names and arguments."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, get_args
 
 from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon
@@ -27,6 +28,8 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
         moment2_method: ``adamuon`` (elementwise), ``normuon`` (per index of the longer side) or ``namo`` (one number).
         beta2: Decay of the second moment, in [0, 1).
         eps: Added to, or smallest value of, what is divided by.
+        align_rms: Bring the update of ``adamuon`` to the size of Muon's, so that Muon's learning rates fit. Otherwise it is,
+            as in emerging-optimizers and Megatron-Core, larger by about the root of the longer side.
 
     The second moment is of the unscaled direction, and the scale is applied once, after it.
     """
@@ -53,6 +56,7 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
         beta2: float = 0.95,
         eps: float = 1e-8,
         *,
+        align_rms: bool = False,
         ns_plan: str = "static",
         auto_rates: Rates | None = None,
     ) -> None:
@@ -61,7 +65,11 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
         non_negative("eps", eps)
         if moment2_method == "namo" and not use_decoupled_weight_decay:
             raise ValueError("moment2_method 'namo' needs the raw gradient; use decoupled weight decay with it.")
-        self.moment2_method = moment2_method
+        if align_rms and moment2_method != "adamuon":
+            raise ValueError(
+                f"align_rms is for moment2_method 'adamuon'; {moment2_method!r} has Muon's size by itself. Leave it out."
+            )
+        self.moment2_method, self._align_rms = moment2_method, align_rms
         self._adaptive = {"beta2": beta2, "eps": eps}
         super().__init__(
             params,
@@ -115,6 +123,10 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
             o = orthogonal.namo(o, s.moment2_buffer, *(yield norms), beta2=group["beta2"], eps=group["eps"])
         else:
             o = (yield self._orthogonal(u, lay, scaled=False)).to(u.dtype)
-            adapt = orthogonal.normuon if self.moment2_method == "normuon" else orthogonal.adamuon
+            adapt = (
+                orthogonal.normuon
+                if self.moment2_method == "normuon"
+                else partial(orthogonal.adamuon, align_rms=self._align_rms)
+            )
             o = yield adapt(o, s.moment2_buffer, lay, beta2=group["beta2"], eps=group["eps"])
         return o * lay.per_part(self._scale, o)

@@ -52,11 +52,19 @@ def averaged_dim(lay: Layout) -> int:
     return -1 if lay.shape[-2] >= lay.shape[-1] else -2
 
 
-def adamuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float) -> Rule:
-    """Elementwise second moment of the orthogonalized direction ``o``; updates ``v``. Source: arXiv 2507.11005."""
+def adamuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float, align_rms: bool = False) -> Rule:
+    """Elementwise second moment of the orthogonalized direction ``o``; updates ``v``.
+
+    With ``align_rms`` the result is brought back to the Frobenius norm of ``o``; without, its entries are near 1.
+
+    Source: arXiv 2507.11005, whose alignment is to a constant instead.
+    """
     v.lerp_(o.square(), 1 - beta2)
-    return o / (v.sqrt() + eps)
-    yield  # a rule that asks for nothing
+    adapted = o / (v.sqrt() + eps)
+    if not align_rms:
+        return adapted
+    before, after = yield lay.norm(o), lay.norm(adapted)
+    return adapted * (before / after.clamp_min(eps))
 
 
 def normuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float) -> Rule:
