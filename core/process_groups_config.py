@@ -1,11 +1,13 @@
 """Process groups by name, and groups that join several of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _world
 
 TEAM = "team"
 """Name of the axis along which a team of owners cuts a matrix."""
@@ -20,12 +22,19 @@ class Axis:
         ranks: Global ranks along the axis, in axis order.
         index: This rank's position on the axis.
         group: Its process group; None stands for a single rank.
+        joins: The mesh axes that it is made of, where a dim is cut over several; empty for an axis of the mesh itself.
     """
 
     name: str
     ranks: tuple[int, ...] = (0,)
     index: int = 0
     group: ProcessGroup | None = field(default=None, compare=False)
+    joins: "tuple[Axis, ...]" = ()
+
+    @property
+    def of_mesh(self) -> "tuple[Axis, ...]":
+        """The mesh axes that it is made of; itself, when it is one."""
+        return self.joins or (self,)
 
     @property
     def size(self) -> int:
@@ -137,7 +146,7 @@ class ProcessGroupCollection:
         assert size > 1 and domain.size % size == 0
         first = domain.index // size * size
         ranks = domain.ranks[first : first + size]
-        return replace(domain, team=Axis(TEAM, ranks, domain.index - first, _group_of(ranks)))
+        return replace(domain, team=Axis(TEAM, ranks, domain.index - first, group=_group_of(ranks, [domain.group])))
 
     def gather(self, domain: Domain, value: Any) -> list[Any]:
         """``value`` of every rank of ``domain``, in group order; for set-up and errors, it pickles."""
@@ -164,8 +173,8 @@ def _join(axes: tuple[Axis, ...]) -> Domain:
     # A rank knows only its own line along the last axis; its neighbours on the other axes know the parallel ones.
     lines: list[Any] = [None] * first.size
     dist.all_gather_object(lines, last.ranks, group=first.group)
-    ranks = sorted(rank for line in lines for rank in line)
-    group = _group_of(tuple(ranks))
+    ranks = sorted({rank for line in lines for rank in line})
+    group = _group_of(tuple(ranks), [axis.group for axis in axes])
     coords: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(coords, tuple(axis.index for axis in axes), group=group)
     return Domain(names, tuple(ranks), tuple(coords), dist.get_rank(group), group=group)
@@ -175,12 +184,29 @@ _GROUPS: dict[tuple[int, ...], ProcessGroup] = {}
 """Joint groups by their ranks. Every one costs connections, so that two optimizers, or a thousand tests, share them."""
 
 
-def _group_of(ranks: tuple[int, ...]) -> ProcessGroup:
+def _group_of(ranks: tuple[int, ...], lines: Sequence[ProcessGroup | None]) -> ProcessGroup:
+    """The group of ``ranks``, who all ask for it; what is gathered over ``lines``, one after the other, reaches them all."""
     known = _GROUPS.get(ranks)
     try:
         alive = known is not None and dist.get_process_group_ranks(known) == list(ranks)
     except KeyError:  # of a job that ended in this process
         alive = False
     if not alive:
+        _agree_on_a_name(lines)
         _GROUPS[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
     return _GROUPS[ranks]
+
+
+def _agree_on_a_name(lines: Sequence[ProcessGroup | None]) -> None:
+    """Let the ranks that ``lines`` connect find each other in a new group.
+
+    torch names it by how many groups the rank is in already, and ranks with different names wait for ever. Who is in fewer (on
+    a later pipeline stage, which has no embeddings) joins some more, alone.
+    """
+    most = len(_world.pg_names)
+    for line in lines:
+        counts: list[Any] = [None] * dist.get_world_size(line)
+        dist.all_gather_object(counts, most, group=line)
+        most = max(counts)
+    for _ in range(most - len(_world.pg_names)):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)

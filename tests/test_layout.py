@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -138,3 +139,17 @@ def test_any_placement_moves_to_any_other(world, data):
         for got, want in zip(exchange([replace(move) for move in moves[some]])(), wanted[some], strict=True):
             assert (got is None) == (want is None)
             assert want is None or torch.equal(got, want)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_in_different_numbers_of_groups_can_be_joined(world, monkeypatch):
+    from core import process_groups_config
+
+    monkeypatch.setattr(process_groups_config, "_GROUPS", {})
+    for _ in range(2 * world.rank):
+        dist.new_group([world.rank], use_local_synchronization=True)
+    groups = ProcessGroupCollection.from_mesh(world.mesh((2,), ("tp",)))
+    team = groups.teamed(groups.domain((groups.axis("tp"),)), 2).team
+    ones = torch.ones(1)
+    dist.all_reduce(ones, group=team.group)
+    assert ones == 2
