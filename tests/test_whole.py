@@ -14,6 +14,7 @@ from core.checkpoint import load, save
 from core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS, EmergingOptimizerEntry
 from core.optimizer.whole import WholeState, WholeStep
 from core.placements import local
+from core.process_groups_config import ProcessGroupCollection
 from tests.sharding import (
     CUTS,
     Cut,
@@ -154,3 +155,27 @@ def test_an_owner_alone_keeps_state_and_the_work_is_dealt(world, whitened):
     whole = Whitened([nn.Parameter(w) for w in whole_parameters(CUTS[2]["rows"].shapes)])
     assert sum(everyone) == sum(x.numel() for state in whole.state.values() for x in state.values())
     assert min(everyone) > 0.3 * sum(everyone)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_owners_stay_when_copies_take_the_place_of_parameters(world):
+    groups = ProcessGroupCollection.from_mesh(world.mesh((2,), ("dp",)))
+
+    def trained(*, copied: bool) -> list[Tensor]:
+        # Costs at which a second deal, on top of the first, would choose others.
+        params: list[Any] = [nn.Parameter(torch.ones(8, n) / n) for n in (4, 12, 8)]
+        made = _EMERGING_OPTIMIZERS["shampoo"].optimizer_cls(params, lr=0.1, pg_collection=groups)
+        if copied:  # as Megatron-Core makes its main parameters
+            group = made.param_groups[0]
+            for i, p in enumerate(params):
+                group["params"][i] = p.detach().clone()
+                made.state[group["params"][i]] = made.state.pop(p)
+            params = group["params"]
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.arange(1.0, 1 + p.numel()).view_as(p)
+            made.step()
+        return params
+
+    for p, q in zip(trained(copied=True), trained(copied=False), strict=True):
+        assert torch.equal(p, q)

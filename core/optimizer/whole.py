@@ -306,6 +306,7 @@ class WholeStep(ShardedStep):
     def _slots(self, p: Tensor, group: Mapping[str, Any]) -> Iterator[tuple[str, WholeState, Unit]]:
         for unit in self._parameters[p].units:
             for slot, spec in self.whole_specs(unit.layout.shape, group).items():
+        self._find_homes()
                 yield slot + unit.suffix, spec, unit
 
     @property
@@ -320,25 +321,39 @@ class WholeStep(ShardedStep):
         }
         units: dict[Tensor, dict[int, Unit]] = {p: {} for p in layouts}
         parts = [
-            (part, k, p)
+            (part, p, k, f"#{k}" if lay.parts else "")
             for p, lay in layouts.items()
             for k, (_, part) in enumerate(lay.split_parts(local(p).unsqueeze(0)))
         ]
         loads: dict[Domain, list[float]] = self.__dict__.setdefault("_loads", {})
-        for part, k, p in sorted(parts, key=lambda entry: -self.cost(entry[0].shape)):
-            domain, owner = part.domain, None
+        before = self._owners_before(parts)
+        for part, p, k, suffix in sorted(parts, key=lambda entry: -self.cost(entry[0].shape)):
+            domain, owner = part.domain, before.get((id(p), suffix))
             assert domain is not None
-            if self.tp_mode == "owner" and domain.size > 1:
+            if owner is None and self.tp_mode == "owner" and domain.size > 1:
                 load = loads.setdefault(domain, [0.0] * domain.size)
                 owner = min(range(domain.size), key=load.__getitem__)
                 load[owner] += self.cost(part.shape)
-            suffix = f"#{k}" if layouts[p].parts else ""
             units[p][k] = Unit(self._key(p) + suffix, part, Home(domain, owner), suffix)
         for p, found in units.items():
             self._parameters[p] = Parameter(layouts[p], tuple(found[k] for k in sorted(found)))
 
 
 def _in_order(x: Tensor) -> Tensor:
+    def _owners_before(self, parts: list[tuple[Layout, Tensor, int, str]]) -> dict[tuple[int, str], int]:
+        """Who has the state of what comes with one: its parameter took the place of another, as float32 copies do."""
+        mine: dict[Domain, dict[tuple[int, str], bool]] = {}
+        for part, p, _, suffix in parts if self.tp_mode == "owner" else ():
+            state = {k: v for k, v in self.state.get(p, {}).items() if isinstance(v, Tensor) and k.endswith(suffix)}
+            if state and part.domain is not None and part.domain.size > 1:
+                mine.setdefault(part.domain, {})[id(p), suffix] = any(x.numel() for x in state.values())
+        owners = {}
+        for domain, held in mine.items():
+            for key, *ranks in zip(held, *self._groups.gather(domain, list(held.values())), strict=True):
+                if sum(ranks) == 1:
+                    owners[key] = ranks.index(True)
+        return owners
+
     """``x``, or a copy where kernels would go through its memory otherwise than through a tensor of its own."""
     in_order = x.is_contiguous() and x.data_ptr() % 64 == 0
     return x if in_order else x.clone(memory_format=torch.contiguous_format)
