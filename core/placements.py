@@ -1,18 +1,25 @@
 """Layouts out of what a parameter says of itself: DTensor placements, or Megatron's attributes on a plain tensor."""
 
 from collections.abc import Sequence
+from math import prod
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from .layout import Layout, Split
 from .process_groups_config import Axis, ProcessGroupCollection, world_size
-from .ranges import Ranges, repeat
+from .ranges import Ranges, chunk, merge, repeat
 
 
 def local(x: Tensor) -> Tensor:
     """This rank's shard of ``x``, sharing its memory."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def is_expert(p: Tensor) -> bool:
+    """Whether ``p`` is sharded and copied over the process groups of experts, by Megatron's attributes."""
+    return bool(getattr(p, "expert_tp", False)) or not getattr(p, "allreduce", True)
 
 
 def check_gradient(p: Tensor) -> None:
@@ -60,7 +67,7 @@ def layout_of(
 
 
 def _from_attributes(p: Tensor, groups: ProcessGroupCollection, name: str) -> Layout:
-    expert = "expt_" if getattr(p, "expert_tp", False) or not getattr(p, "allreduce", True) else ""
+    expert = "expt_" if is_expert(p) else ""
     tp, dp = groups.axis(f"{expert}tp"), groups.axis(f"{expert}dp")
     dim = getattr(p, "partition_dim", -1)
     if (
@@ -94,23 +101,63 @@ def _from_attributes(p: Tensor, groups: ProcessGroupCollection, name: str) -> La
 def _from_dtensor(p: DTensor, groups: ProcessGroupCollection, name: str) -> Layout:
     mesh = p.device_mesh
     names = mesh.mesh_dim_names or tuple(f"mesh{i}" for i in range(mesh.ndim))
-    splits: list[Split | None] = [None] * p.ndim
+    cuts: list[list[tuple[Axis, Placement]]] = [[] for _ in range(p.ndim)]
     copies: list[Axis] = []
     for i, placement in enumerate(p.placements):
         axis = Axis.of(names[i], mesh.get_group(i))
         if type(placement) is Replicate or axis.size == 1:
             copies.append(axis)
-        elif type(placement) is Shard and splits[placement.dim] is None:
-            splits[placement.dim] = Split.even(axis, p.shape[placement.dim])
+        elif isinstance(placement, Shard | _StridedShard):
+            cuts[placement.dim].append((axis, placement))
         else:
-            raise ValueError(
-                f"{name}: a DTensor of shape {tuple(p.shape)} with placements {p.placements} has no layout here; "
-                f"Replicate and one Shard per tensor dim are possible. Shard another dim over mesh axis {names[i]!r}."
-            )
+            raise _no_layout(p, name)
+    splits = [_split(p, dim, cut, groups, name) if cut else None for dim, cut in enumerate(cuts)]
     dp = groups.axis("dp")
     if dp.ranks not in [Axis.of(axis_name, mesh.get_group(i)).ranks for i, axis_name in enumerate(names)]:
         copies.append(dp)
-    return Layout(tuple(p.shape), tuple(splits), tuple(copies))
+    layout = Layout(tuple(p.shape), tuple(splits), tuple(copies))
+    if layout.local_shape != tuple(local(p).shape):
+        raise _no_layout(p, name)
+    return layout
+
+
+def _split(
+    p: DTensor, dim: int, cut: Sequence[tuple[Axis, Placement]], groups: ProcessGroupCollection, name: str
+) -> Split:
+    """How ``dim`` is cut by the placements ``cut`` on these axes, in mesh order."""
+    if len(cut) == 1 and type(cut[0][1]) is Shard:
+        return Split.even(cut[0][0], p.shape[dim])
+    order: list[Axis] = []  # in which the axes cut, each what those before it left
+    for axis, placement in reversed(cut):
+        # As FSDP2 marks what it cuts after tensor parallelism: the number of pieces that it found.
+        pieces = placement.split_factor if isinstance(placement, _StridedShard) else 1
+        at = next((k for k in range(len(order) + 1) if prod(one.size for one in order[:k]) == pieces), None)
+        if at is None:
+            raise _no_layout(p, name)
+        order.insert(at, axis)
+    axes = tuple(axis for axis, _ in cut)
+    domain = groups.domain(axes)
+    sizes = [axis.size for axis in order]
+    positions = [[coord[axes.index(axis)] for axis in order] for coord in domain.coords]
+    joint = Axis("+".join(domain.axes), domain.ranks, domain.index, domain.group, axes)
+    return Split(joint, tuple(_nested(p.shape[dim], sizes, position) for position in positions))
+
+
+def _nested(size: int, counts: Sequence[int], position: Sequence[int]) -> Ranges:
+    """What is left at ``position`` of ``size`` indices that are cut into ``counts[0]`` chunks, each into ``counts[1]``, …"""
+    lo, hi = 0, size
+    for count, i in zip(counts, position, strict=True):
+        ((a, b),) = chunk(hi - lo, count, i) or ((0, 0),)
+        lo, hi = lo + a, lo + b
+    return merge([(lo, hi)])
+
+
+def _no_layout(p: DTensor, name: str) -> ValueError:
+    return ValueError(
+        f"{name}: a DTensor of shape {tuple(p.shape)} with placements {p.placements} on a mesh of shape "
+        f"{tuple(p.device_mesh.shape)}, of which this rank has {tuple(local(p).shape)}, has no layout here. Replicate and Shard "
+        f"are possible, also several Shards of one dim, as parallelize_module and then fully_shard make them."
+    )
 
 
 def _parts(shape: Sequence[int], sizes: Sequence[int], name: str) -> tuple[Ranges, ...]:

@@ -124,6 +124,8 @@ class RankSession:
         if self.config.inipath:
             inherited += ["-c", str(self.config.inipath)]
         inherited.append(f"--tb={self.config.getoption('tbstyle')}")
+        if marked := self.config.getoption("markexpr"):  # or the ranks would leave out what has to be asked for
+            inherited += ["-m", marked]
         mine = ["--only-mpi", "--rootdir", str(self.config.rootpath), "-p", "no:cacheprovider", "-q", "--no-summary"]
         return [*inherited, *mine, *self.left]
 

@@ -13,6 +13,7 @@ from ..state import StateSpec
 from .checks import choice, fraction, non_negative
 from .elementwise import ElementwiseStep, States
 from .fused_adam import fused_adam_
+from .weight_decay import decay_
 
 MU_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """Names of the dtypes in which a mean of gradients can be kept; None: the parameter's, but at least float32."""
@@ -83,7 +84,7 @@ class Adam(ElementwiseStep, Optimizer):  # type: ignore[misc]
     def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
         """Algorithm 1."""
         if not self.one_pass(group):
-            grads = decay_(params, grads, group, decoupled=self.decoupled)
+            grads = decay_(params, grads, group, "decoupled" if self.decoupled else "l2")
             means, squares = states["exp_avg"], states["exp_avg_sq"]
             torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
             mean_square_(squares, grads, group["betas"][1])
@@ -169,7 +170,7 @@ class RAdam(ElementwiseStep, Optimizer):  # type: ignore[misc]
 
     def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
         """Algorithm 2, lines 5 to 14."""
-        grads = decay_(params, grads, group, decoupled=group["decoupled_weight_decay"])
+        grads = decay_(params, grads, group, "decoupled" if group["decoupled_weight_decay"] else "l2")
         means, squares = states["exp_avg"], states["exp_avg_sq"]
         torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
         mean_square_(squares, grads, group["betas"][1])
@@ -200,16 +201,6 @@ def bias_corrections(step: Tensor, betas: tuple[float, ...]) -> tuple[float, ...
     """Count ``step``, a scalar on the host, up to t; 1 - βᵗ of each β."""
     t = float(step.add_(1))
     return tuple(1 - beta**t for beta in betas)
-
-
-def decay_(params: list[Tensor], grads: list[Tensor], group: Mapping[str, Any], *, decoupled: bool) -> list[Tensor]:
-    """Shrink ``params`` if ``decoupled``; the gradients to use, with L2 regularization if not."""
-    decay = group["weight_decay"]
-    if decay and decoupled:
-        torch._foreach_mul_(params, 1 - float(group["lr"]) * decay)
-    elif decay:
-        return list(torch._foreach_add(grads, params, alpha=decay))
-    return grads
 
 
 def mean_square_(squares: list[Tensor], grads: list[Tensor], beta: float) -> None:

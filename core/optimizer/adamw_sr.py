@@ -13,8 +13,9 @@ from ..precision.stochastic_rounding import stochastic_round
 from ..process_groups_config import ProcessGroupCollection
 from ..random import Key, bits
 from ..state import StateSpec
-from .adam import bias_corrections, check_adam, decay_, denominators, mean_square_
+from .adam import bias_corrections, check_adam, denominators, mean_square_
 from .elementwise import ElementwiseStep, States
+from .weight_decay import decay_
 
 
 class AdamWSR(ElementwiseStep, Optimizer):  # type: ignore[misc]
@@ -73,7 +74,7 @@ class AdamWSR(ElementwiseStep, Optimizer):  # type: ignore[misc]
 
     def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
         """The rule above."""
-        decay_(params, grads, group, decoupled=True)
+        decay_(params, grads, group, "decoupled")
         torch._foreach_lerp_(states["exp_avg"], grads, 1 - group["betas"][0])
         mean_square_(states["exp_avg_sq"], grads, group["betas"][1])
         roots = denominators(states["exp_avg_sq"], 1.0, group["eps"])
@@ -88,7 +89,9 @@ class AdamWSR(ElementwiseStep, Optimizer):  # type: ignore[misc]
             state = self.state[p]
             stored = [local(p), local(state["exp_avg"]), local(state["exp_avg_sq"])]
             value, mean, square = wide = [x.float() for x in stored]
-            self.update_([value], [local_gradient(p).float()], {"exp_avg": [mean], "exp_avg_sq": [square]}, group)
+            self.decayed_update_(
+                [value], [local_gradient(p).float()], {"exp_avg": [mean], "exp_avg_sq": [square]}, group
+            )
             key = Key(group["seed"], self._key(p), int(state["step"]), "bfloat16 rounding")
             noise = bits(key, self.layout(p), words=3, device=value.device)
             for target, x, n in zip(stored, wide, noise, strict=True):

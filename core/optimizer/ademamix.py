@@ -10,9 +10,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
-from .adam import bias_corrections, check_adam, decay_, denominators, mean_square_
+from .adam import bias_corrections, check_adam, denominators, mean_square_
 from .checks import non_negative
 from .elementwise import ElementwiseStep, States
+from .weight_decay import decay_
 
 
 class AdEMAMix(ElementwiseStep, Optimizer):  # type: ignore[misc]
@@ -82,7 +83,7 @@ class AdEMAMix(ElementwiseStep, Optimizer):  # type: ignore[misc]
         if beta1:
             torch._foreach_lerp_(fast, grads, 1 - beta1)
         roots = denominators(squares, 1 / group["correction2"], group["eps"])
-        decay_(params, grads, group, decoupled=True)
+        decay_(params, grads, group, "decoupled")
         torch._foreach_addcdiv_(params, fast, roots, -lr / group["correction1"])
         torch._foreach_addcdiv_(params, slow, roots, -lr * group["alpha"])
 

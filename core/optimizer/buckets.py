@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from ..layout import Layout, Rule
 from ..placements import local, local_gradient
 from ..state import StateSpec
+from .weight_decay import decay_first_
 
 STACK_BYTES = {"cpu": 2**18}
 """Largest stack of gradients by device: on CPU small matrices gain from sharing a call, large ones fall out of the cache."""
@@ -88,7 +90,12 @@ class Bucket:
                 state[p][name] = as_state(view, p, self.specs[name], self.layout)
 
     def update(
-        self, rule: RuleFunction, apply: Callable[[Tensor, Tensor], None], group: Mapping[str, Any], *, widens: bool
+        self,
+        rule: RuleFunction,
+        apply: Callable[[Tensor, Tensor, Mapping[str, Any]], None],
+        group: Mapping[str, Any],
+        *,
+        widens: bool,
     ) -> Rule:
         """A rule for the engine: step the parameters that have a gradient, leave the others and their state alone."""
         live = [i for i, p in enumerate(self.params) if p.grad is not None]
@@ -102,8 +109,8 @@ class Bucket:
         self,
         rows: Sequence[int],
         rule: RuleFunction,
-        apply: Callable[[Tensor, Tensor], None],
-        group: Mapping[str, Any],
+        apply: Callable[[Tensor, Tensor, Mapping[str, Any]], None],
+        given: Mapping[str, Any],
         widens: bool,
     ) -> Rule:
         params = [local(self.params[i]) for i in rows]
@@ -113,13 +120,17 @@ class Bucket:
         wide = torch.promote_types(params[0].dtype, torch.float32) if widens else params[0].dtype
         p = (params[0].unsqueeze(0) if single else torch.stack(params)).to(wide)
         g = (gradients[0].unsqueeze(0) if single else torch.stack(gradients)).to(wide)
+        (g,), group = decay_first_([p], [g], given)
+        for target, decayed in zip(params, p, strict=True) if group is not given else ():
+            if target.data_ptr() != decayed.data_ptr() or target.dtype != wide:
+                target.copy_(decayed)
         state = SimpleNamespace(
             **{name: stack[rows[0] : rows[0] + 1] if single else stack for name, stack in self.stacks.items()},
             names=[self.names[i] for i in rows],
             stored=params[0].dtype,
         )
         for target, update in zip(params, (yield rule(p, g, state, self.layout, group)), strict=True):
-            apply(target, update)
+            apply(target, update, group)
 
 
 def as_state(view: Tensor, p: Tensor, spec: StateSpec, layout: Layout) -> Tensor:
@@ -131,9 +142,13 @@ def as_state(view: Tensor, p: Tensor, spec: StateSpec, layout: Layout) -> Tensor
         return view
     placements: list[Placement] = []
     for placement in p.placements:
-        dim = placement.dim - p.ndim if isinstance(placement, Shard) else None
-        at = None if dim is None else _dim_of(spec, dim, p.ndim)
-        placements.append(Replicate() if at is None else Shard(at))
+        at = _dim_of(spec, placement.dim - p.ndim, p.ndim) if isinstance(placement, Shard | _StridedShard) else None
+        if at is None:
+            placements.append(Replicate())
+        elif isinstance(placement, _StridedShard):
+            placements.append(_StridedShard(at, split_factor=placement.split_factor))
+        else:
+            placements.append(Shard(at))
     shape = torch.Size(spec.layout(Layout.whole(p.shape)).shape)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(view, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)

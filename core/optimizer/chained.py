@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from .. import engine
 from ..placements import layout_of
 from ..process_groups_config import ProcessGroupCollection
-from .clip import Entry, clip_grad_norm_
-from .sharded_optimizer import ShardedStep, checks_ranks, load_state
+from .clip import Entry, clip_grad_norm_, clip_grad_value_
+from .sharded_optimizer import ShardedStep, checks_ranks, forget_gone, load_state
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class ChainedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        forget_gone(self)
         finish_step(self.optimizers, engine.Run(check=checks_ranks()))
         return loss
 
@@ -85,6 +86,10 @@ class ChainedOptimizer(Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Clip the gradients of all members by their global norm; see :func:`clip.clip_grad_norm_`."""
         return clip_grad_norm_(self.entries(), max_norm, self.pg_collection)
+
+    def clip_grad_value_(self, max_value: float) -> None:
+        """Clamp the gradients of all members; see :func:`clip.clip_grad_value_`."""
+        clip_grad_value_(self.entries(), max_value)
 
     def entries(self) -> list[Entry]:
         """Name, parameter and layout of every parameter of this rank."""
@@ -119,6 +124,15 @@ class ChainedOptimizer(Optimizer):
                 "a chained optimizer cannot take a parameter group of its own; build it anew with get_optimizer."
             )
         super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`ShardedStep.state_dict`, of all members."""
+        for member in self.optimizers:
+            if isinstance(member, ShardedStep):
+                for group in member.param_groups:
+                    member._init_group(group)
+        forget_gone(self)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As :meth:`ShardedStep.load_state_dict`, for all members."""

@@ -1,6 +1,7 @@
-"""The gradient norm of the whole model, and clipping by it."""
+"""The gradient norm of the whole model, and clipping by it or by value."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 from .. import engine
 from ..engine import Work
 from ..layout import Layout, Reduce, Rule
-from ..placements import local_gradient
-from ..process_groups_config import Axis, ProcessGroupCollection
+from ..placements import is_expert, local, local_gradient
+from ..process_groups_config import Axis, Domain, ProcessGroupCollection, world_size
+from .checks import non_negative
 from .sharded_optimizer import ShardedStep, check_gradients, checks_ranks
+from .weight_decay import METHOD, decay_first_
 
 Entry = tuple[str, Tensor, Layout]
 """Name, parameter, and where it lives."""
@@ -28,11 +31,12 @@ class NonFiniteGradientError(ArithmeticError):
 def clip_grad_norm_(entries: Sequence[Entry], max_norm: float, groups: ProcessGroupCollection) -> float:
     """Scale all gradients in place so that their global norm is at most ``max_norm``.
 
-    Shards are summed over the ranks that hold them; copies, on replicas or of tied weights (attribute ``shared``), count
-    once. One reduction for all parameters.
+    Shards are summed over the ranks that hold them, experts also over those that hold other experts. Copies count once: on
+    replicas, and of tied weights, which Megatron's attributes tell (``shared`` on a copy, or ``shared_embedding`` on all of
+    them, of which the first pipeline stage's counts). One reduction for all parameters.
 
     Args:
-        entries: Every parameter of this rank; those without a gradient do not count.
+        entries: Every parameter of this rank; those without a gradient do not count, and one that comes twice counts once.
         max_norm: Largest norm; 0 only measures.
         groups: Process groups of the model.
 
@@ -42,16 +46,35 @@ def clip_grad_norm_(entries: Sequence[Entry], max_norm: float, groups: ProcessGr
     Raises:
         NonFiniteGradientError: on every rank, when the norm is not finite; names the first parameter and its rank.
     """
+    norm, factor = norm_and_factor(entries, max_norm, groups)
+    if factor < 1:
+        torch._foreach_mul_([local_gradient(p) for _, p, _ in _distinct(entries)], factor)
+    return norm
+
+
+@torch.no_grad()
+def norm_and_factor(entries: Sequence[Entry], max_norm: float, groups: ProcessGroupCollection) -> tuple[float, float]:
+    """The norm, and what :func:`clip_grad_norm_` multiplies gradients by; arguments and errors as there, nothing is changed."""
     total = global_norm(entries, groups)
     norm = float(total)
-    with_gradient = [(name, local_gradient(p)) for name, p, _ in entries if p.grad is not None]
+    with_gradient = [(name, local_gradient(p)) for name, p, _ in _distinct(entries)]
     if norm != norm or norm == float("inf"):
         bad = [name for name, g in with_gradient if not torch.isfinite(g).all()]
-        raise NonFiniteGradientError(_report(groups.gather(groups.domain(_axes(entries, groups)), bad)))
-    factor = float(clip_factor(total, max_norm))
-    if max_norm > 0 and factor < 1 and with_gradient:
-        torch._foreach_mul_([g for _, g in with_gradient], factor)
-    return norm
+        raise NonFiniteGradientError(_report(groups.gather(norm_domain(entries, groups), bad)))
+    return norm, float(clip_factor(total, max_norm)) if max_norm > 0 and with_gradient else 1.0
+
+
+@torch.no_grad()
+def clip_grad_value_(entries: Sequence[Entry], max_value: float) -> None:
+    """Clamp every entry of the gradients in place to ``[-max_value, max_value]``, without communication; NaN stays NaN.
+
+    Raises:
+        ValueError: for a negative ``max_value``, before anything is changed.
+    """
+    non_negative("max_value", max_value)
+    if gradients := [local_gradient(p) for _, p, _ in _distinct(entries)]:
+        torch._foreach_clamp_min_(gradients, -max_value)
+        torch._foreach_clamp_max_(gradients, max_value)
 
 
 @torch.no_grad()
@@ -72,14 +95,27 @@ def global_norm(
     Returns:
         A float64 scalar, the same on every rank.
     """
-    axes = _axes(entries, groups)
-    with_gradient = [(p, local_gradient(p), lay) for _, p, lay in entries if p.grad is not None]
-    counted = [(p, g) for p, g, lay in with_gradient if _counts(p, lay, axes)]
+    axes, domain = _axes(entries, groups), norm_domain(entries, groups)
+    with_gradient = [(p, local_gradient(p), lay) for _, p, lay in _distinct(entries)]
+    counted = [(p, g) for p, g, lay in with_gradient if _counts(p, lay, axes, groups)]
     squares = [_sum_of_squares(piece) for p, g in counted for piece in (value(p, g) if value else (g,))]
     mine = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=_device(entries))
-    norm = _sum(mine, groups.domain(axes).group)
+    norm = _sum(mine, domain.group)
     total: Tensor = engine.run([("global norm", norm)], check=checks_ranks())[0]
     return total.sqrt()
+
+
+def norm_domain(entries: Sequence[Entry], groups: ProcessGroupCollection) -> Domain:
+    """The ranks that :func:`global_norm` sums over. Asked for the first time, all of them make a process group together."""
+    axes = _axes(entries, groups)
+    domain = groups.domain(axes)
+    if domain.size != prod(axis.size for axis in axes):
+        sizes = ", ".join(f"{axis.name} {axis.size}" for axis in axes if axis.size > 1)
+        raise NotImplementedError(
+            f"the parameters are cut over mesh axes that overlap ({sizes}, {domain.size} ranks in all), for which the global "
+            f"norm does not yet know who holds copies; cut all of them over axes of one mesh, or do not clip."
+        )
+    return domain
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -102,6 +138,12 @@ class GlobalClip(ShardedStep):
         """Pieces of what the rule is to scale, made of the parameter ``p`` and this rank's shard ``g`` of its gradient."""
         return (g,)
 
+    def _scaled(self, p: Tensor, g: Tensor, group: Mapping[str, Any]) -> Iterable[Tensor]:
+        if group.get(METHOD) == "l2":  # decay is part of the gradient that the rule is given
+            wide = torch.promote_types(g.dtype, torch.float32)
+            (g,), group = decay_first_([local(p).to(wide)], [g.to(wide)], group)
+        return self.scaled(p, g, group)
+
     @torch.no_grad()
     def updates(self) -> Iterator[Work]:
         """As in the base class, after the reduction that the norm takes."""
@@ -112,7 +154,7 @@ class GlobalClip(ShardedStep):
             group_of = {p: group for group in self.param_groups for p in group["params"]}
             buckets = [bucket for group in self.param_groups for bucket in self._buckets(group)]
             entries = [(bucket.label, p, bucket.layout) for bucket in buckets for p in bucket.params]
-            norm = global_norm(entries, self._groups, lambda p, g: self.scaled(p, g, group_of[p]))
+            norm = global_norm(entries, self._groups, lambda p, g: self._scaled(p, g, group_of[p]))
             self.scale = clip_factor(norm, self.max_norm)
         return super().updates()
 
@@ -133,21 +175,48 @@ def _sum(x: Tensor, group: Any) -> Rule:
 
 def _axes(entries: Iterable[Entry], groups: ProcessGroupCollection) -> tuple[Axis, ...]:
     # Not dp, unless it cuts parameters: its ranks hold equal gradients.
-    axes = {name: groups.axis(name) for name in ("pp", "tp")}
-    for name, _, lay in entries:
-        for axis in lay.axes:
-            if axis.name.startswith("expt"):
-                raise NotImplementedError(f"{name}: the global norm does not yet cover expert-parallel parameters.")
-            axes[axis.name] = axis
-    # One axis may go by two names, a DTensor's own mesh's and ours.
-    distinct = {axes[name].ranks: axes[name] for name in sorted(axes)}
-    return tuple(distinct.values())
+    apart = _experts_apart(groups)
+    axes = [groups.axis(name) for name in (("pp", "tp", "dp") if apart else ("pp", "tp"))]
+    for name, p, lay in entries:
+        if is_expert(p) and world_size() > 1:
+            _check_experts(name, apart, groups)
+        if not (is_expert(p) and apart):  # those lie within tp and dp, cut in another way
+            axes += (one for axis in lay.axes for one in axis.of_mesh)
+    # One axis may go by two names, a DTensor's own mesh's and ours; two meshes may have axes of one name.
+    return tuple({axis.ranks: axis for axis in sorted(axes, key=lambda axis: axis.name)}.values())
 
 
-def _counts(p: Tensor, lay: Layout, axes: Sequence[Axis]) -> bool:
-    if getattr(p, "shared", False):
+def _experts_apart(groups: ProcessGroupCollection) -> bool:
+    """Whether ranks of one tensor-parallel, data-parallel domain hold different experts: the same answer on all ranks."""
+    if groups.expt_tp is None and groups.expt_dp is None:
         return False
-    cut = {axis.ranks for axis in lay.axes}
+    found = {name: groups.axis(name) for name in ("tp", "dp", "expt_tp", "expt_dp")}
+    ranks = {name: axis.ranks if axis.size > 1 else () for name, axis in found.items()}
+    return any(ranks[f"expt_{name}"] != ranks[name] for name in ("tp", "dp"))
+
+
+def _check_experts(name: str, apart: bool, groups: ProcessGroupCollection) -> None:
+    told = groups.expt_tp is not None or groups.expt_dp is not None
+    everyone = groups.axis("pp").size * groups.axis("tp").size * groups.axis("dp").size
+    if not told or (apart and groups.dp is None and everyone < world_size()):
+        raise ValueError(
+            f"{name} is an expert's, but which ranks hold others and which copies is not told, so that there is no norm over "
+            f"the whole model; pass pg_collection=ProcessGroupCollection(dp=…, expt_tp=…, expt_dp=…), of a single rank where "
+            f"there are no copies."
+        )
+
+
+def _distinct(entries: Iterable[Entry]) -> list[Entry]:
+    """Those with a gradient, each parameter once."""
+    return list({id(entry[1]): entry for entry in entries if entry[1].grad is not None}.values())
+
+
+def _counts(p: Tensor, lay: Layout, axes: Sequence[Axis], groups: ProcessGroupCollection) -> bool:
+    if getattr(p, "shared", False) or (getattr(p, "shared_embedding", False) and groups.axis("pp").index > 0):
+        return False
+    cut = {one.ranks for axis in lay.axes for one in axis.of_mesh}
+    if is_expert(p) and _experts_apart(groups):
+        axes = (groups.axis("expt_tp"), groups.axis("expt_dp"))
     return all(axis.index == 0 for axis in axes if axis.ranks not in cut and axis.name != "pp")
 
 

@@ -13,6 +13,7 @@ from ..state import StateSpec
 from .blocks import BLOCK_BYTES
 from .buckets import as_state
 from .sharded_optimizer import ShardedStep, check_gradients
+from .weight_decay import decay_first_
 
 States = Mapping[str, list[Tensor]]
 
@@ -61,6 +62,13 @@ class ElementwiseStep(ShardedStep):
             group: The parameter group and what :meth:`scalars` returned.
         """
         raise NotImplementedError
+
+    def decayed_update_(
+        self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]
+    ) -> None:
+        """:meth:`update_`, after the weight decay that ``group`` asks for in place of the rule's own."""
+        grads, group = decay_first_(params, grads, group)
+        self.update_(params, grads, states, group)
 
     def updates(self) -> Iterator[Work]:
         """One rule per group, dtype and device."""
@@ -135,7 +143,7 @@ class ElementwiseStep(ShardedStep):
             wide = [
                 column if all(x.dtype == dtype for x in column) else [x.to(dtype) for x in column] for column in block
             ]
-            self.update_(wide[0], wide[1], dict(zip(names, wide[2:], strict=True)) | scalars, group)
+            self.decayed_update_(wide[0], wide[1], dict(zip(names, wide[2:], strict=True)) | scalars, group)
             for column, updated in zip(block[:1] + block[2:], wide[:1] + wide[2:], strict=True):
                 if updated is not column:
                     torch._foreach_copy_(column, updated)

@@ -34,13 +34,14 @@ from .muon_optax import OptaxMuon
 from .optimizer_config import OptimizerConfig, ParamKey, ParamPredicate, unknown
 from .psgd import Quad, Skew
 from .rmsprop import RMSprop
-from .routing import Overrides, check_settings, param_groups, route
+from .routing import Mask, Overrides, check_settings, param_groups, route
 from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .settings import Setting, constructor_arguments, settings
 from .sgd import SGD
 from .sign import Lion
 from .sophia import Sophia
 from .trust_ratio import Lamb, Lars
+from .weight_decay import METHOD
 
 __all__ = [
     "EmergingOptimizerEntry",
@@ -102,12 +103,14 @@ class EmergingOptimizerEntry:
         init_state_fn: ``(optimizer, config=None)``: makes the state of every parameter.
         config_to_kwargs: ``(config, model_chunks, pg_collection)`` → constructor arguments; None for the default.
         default_param_overrides: Settings for parameters that the class must not get.
+        builder: Class that makes functional optimizers of it (:mod:`.builders`); None for the one that serves all.
     """
 
     optimizer_cls: type
     init_state_fn: Callable[..., None] = _eopt_init_state_fn
     config_to_kwargs: Callable[[Any, Sequence[nn.Module], Any], dict[str, Any]] | None = None
     default_param_overrides: dict[ParamKey, dict[str, Any]] = field(default_factory=_default_param_overrides_factory)
+    builder: type | None = None
 
 
 def _kwargs_from_config(optimizer_cls: type, prefix: str, config: Any) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def _kwargs_from_config(optimizer_cls: type, prefix: str, config: Any) -> dict[s
     for name in constructor_arguments(optimizer_cls):
         if name in ("self", "params"):
             continue
-        for field_name in (f"{prefix}_{name}", name):
+        for field_name in (f"{prefix}_{name}", name) if name != METHOD else (f"{prefix}_{name}",):
             if hasattr(config, field_name):
                 kwargs[name] = getattr(config, field_name)
                 break
@@ -233,16 +236,19 @@ _EMERGING_OPTIMIZERS: dict[str, EmergingOptimizerEntry] = {
 
 
 def register_optimizer(name: str, entry: EmergingOptimizerEntry | None = None) -> Any:
-    """Make ``entry`` available as ``name``; without an entry, a decorator for an optimizer class with default settings.
+    """Make ``entry`` available as ``name``; without an entry, a decorator for an optimizer class with default settings, or for
+    a builder (:class:`.builders.OptimizerBuilder`) whose ``optimizer_cls`` that is. Names are in lower case.
 
     Raises:
         ValueError: when the name is taken.
     """
+    name = name.lower()
     if name in _EMERGING_OPTIMIZERS or name in LIBRARY:
         raise ValueError(f"optimizer {name!r} is already registered, as {_entry(name).optimizer_cls.__name__}.")
 
     def register(cls: type) -> type:
-        _EMERGING_OPTIMIZERS[name] = EmergingOptimizerEntry(cls)
+        builds: type | None = getattr(cls, "optimizer_cls", None)
+        _EMERGING_OPTIMIZERS[name] = EmergingOptimizerEntry(builds or cls, builder=cls if builds else None)
         return cls
 
     if entry is None:
@@ -293,6 +299,7 @@ def _library_entry(name: str) -> EmergingOptimizerEntry:
 
 
 def _entry(name: str) -> EmergingOptimizerEntry:
+    name = name.lower()
     if name in LIBRARY and name not in _EMERGING_OPTIMIZERS:
         _EMERGING_OPTIMIZERS[name] = _library_entry(name)
     if name not in _EMERGING_OPTIMIZERS:
@@ -316,39 +323,42 @@ def _embedding_names(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
 
 def get_optimizer(
     config: OptimizerConfig,
-    model_chunks: Sequence[nn.Module],
+    model_chunks: nn.Module | Sequence[nn.Module],
     pg_collection: ProcessGroupCollection | None = None,
     param_overrides: Overrides | None = None,
+    weight_decay_mask: Mask | None = None,
 ) -> ChainedOptimizer:
     """Build the optimizer of a model: every parameter gets one, by ``config.optimizer``, its entry's overrides and yours.
 
     Args:
         config: Names the optimizer and its settings.
-        model_chunks: This rank's modules; parameter names must be global.
-        pg_collection: Process groups, ours or Megatron-Core's; None for a single process.
+        model_chunks: This rank's module, or modules; parameter names must be global.
+        pg_collection: Process groups, ours or Megatron-Core's. DTensors (``fully_shard``, ``parallelize_module``) need none,
+            their meshes say who holds what; pipeline stages, and plain tensors with Megatron's attributes, do.
         param_overrides: Settings for the parameters that a key selects, ``{"optimizer": "adamw", "lr": 1e-3}``; they win
             over the entry's own.
+        weight_decay_mask: Which parameters get weight decay: ``mask(name, param)``, or patterns of names, of which
+            ``"!*.bias"`` excludes; None: those that are not 1-D. Overrides that set ``wd_mult`` win over it.
 
     Raises:
         ValueError: for an unknown name, a missing learning rate, or overrides that contradict each other or match nothing.
     """
     if config.lr is None:
         raise ValueError("config.lr is None; give the learning rate.")
+    model_chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else model_chunks
     groups = ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
     defaults = _entry(config.optimizer).default_param_overrides
     if defaults and (tables := _embedding_names(model_chunks)):
         defaults = {**defaults, ParamKey(name=tables): {"optimizer": "adam"}}
-    routed = route(config, model_chunks, defaults, param_overrides or {}, groups)
+    routed = route(config, model_chunks, defaults, param_overrides or {}, groups, weight_decay_mask)
     decoupled = {"adam": "adamw"} if config.decoupled_weight_decay else {}
     routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
-    for name in dict.fromkeys(r.optimizer for r in routed):
-        _check_decay(config, name)
     members: dict[str, Optimizer] = {}
     stages = groups.gather(groups.domain((groups.axis("pp"),)), list(dict.fromkeys(r.optimizer for r in routed)))
     # In one order on all stages: a norm over the whole model is a collective of its own.
     here = {r.optimizer for r in routed}
     for name in (name for name in dict.fromkeys(name for stage in stages for name in stage) if name in here):
-        mine = param_groups([r for r in routed if r.optimizer == name])
+        mine = [_with_decay(group, name, config) for group in param_groups([r for r in routed if r.optimizer == name])]
         optimizer, init_state = _create_emerging_optimizer(config, mine, name, model_chunks, groups)
         check_settings(name, optimizer)
         init_state(optimizer, config)
@@ -357,18 +367,13 @@ def get_optimizer(
     return ChainedOptimizer(members, groups)
 
 
-_COUPLED = ("decoupled_weight_decay", "use_decoupled_weight_decay")
-
-
-def _check_decay(config: OptimizerConfig, name: str) -> None:
-    """Refuse ``decoupled_weight_decay=False`` for an optimizer that has no other weight decay."""
-    if config.decoupled_weight_decay or name in ("adam", "sgd"):
-        return
-    if not any(argument in constructor_arguments(_entry(name).optimizer_cls) for argument in _COUPLED):
-        raise ValueError(
-            f"decoupled_weight_decay=False, but {name} does not add its weight decay to the gradient; adam, radam, sgd and "
-            f"muon do. Leave it True, or take one of these."
-        )
+def _with_decay(group: dict[str, Any], name: str, config: OptimizerConfig) -> dict[str, Any]:
+    """``group``, told to add weight decay to the gradient if ``config`` says so and the optimizer has no word for it."""
+    own = {"decoupled_weight_decay", "use_decoupled_weight_decay"} & constructor_arguments(
+        _entry(name).optimizer_cls
+    ).keys()
+    coupled = config.decoupled_weight_decay or name in ("adam", "sgd") or own
+    return group if coupled else {METHOD: "l2", **group}
 
 
 def _check_global_clips(

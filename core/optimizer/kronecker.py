@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..linalg.roots import eigen, inverse_root
 from ..process_groups_config import ProcessGroupCollection
 from .checks import choice, fraction, non_negative, positive, whole_number
+from .weight_decay import decay_
 from .whole import WholeMode, WholeState, WholeStep
 
 Graft = Literal["none", "sgd", "adagrad"]
@@ -120,7 +121,8 @@ class Shampoo(DenseFactors, Optimizer):  # type: ignore[misc]
             u *= g.norm() / u.norm().clamp_min(torch.finfo(u.dtype).tiny)
         if group["momentum"] > 0:
             u = s.momentum.mul_(group["momentum"]).add_(u)
-        p.mul_(1 - float(group["lr"]) * group["weight_decay"]).add_(u, alpha=-float(group["lr"]))
+        decay_([p], [g], group, "decoupled")
+        p.add_(u, alpha=-float(group["lr"]))
 
 
 class Soap(DenseFactors, Optimizer):  # type: ignore[misc]
@@ -230,7 +232,8 @@ class Soap(DenseFactors, Optimizer):  # type: ignore[misc]
         if group["normalize_grads"]:
             u /= u.square().mean().sqrt() + eps
         scale = math.sqrt(1 - beta2**t) / (1 - beta1**t) if group["correct_bias"] else 1.0
-        p.add_(u, alpha=-lr * scale).mul_(1 - lr * group["weight_decay"])
+        p.add_(u, alpha=-lr * scale)
+        decay_([p], [g], group, "decoupled")
 
 
 def rotate(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from ..process_groups_config import ProcessGroupCollection
 from ..random import Key
 from .checks import choice, non_negative
 from .settings import constructor_arguments, settings
+from .weight_decay import METHOD
 from .whole import Unit, WholeMode, WholeState, WholeStep
 
 Initialise = Callable[[Any, nn.Parameter], dict[str, Any]]
@@ -72,6 +73,11 @@ class LibraryStep(WholeStep):
             raise ValueError(
                 f"{self._name(p)}: {self.inner.__name__} computes in float32, but this parameter is float64; "
                 f"make it float32, or give it to another optimizer."
+            )
+        if group.get(METHOD) is not None and not self._takes_decay:
+            raise ValueError(
+                f"{self._name(p)}: {METHOD}={group[METHOD]!r}, but {self.inner.__name__} has a weight decay of its own that "
+                f"cannot be turned off; leave it out for this parameter."
             )
         super().check(p, group)
 

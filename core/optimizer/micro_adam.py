@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..process_groups_config import ProcessGroupCollection
 from .adam import check_adam
 from .checks import positive, whole_number
+from .weight_decay import decay_
 from .whole import WholeMode, WholeState, WholeStep
 
 LEVELS = 15
@@ -131,7 +132,8 @@ class MicroAdam(WholeStep, Optimizer):  # type: ignore[misc]
             v[where] += beta2**age * values.square()
         m *= (1 - beta1) / (1 - beta1**t)
         v *= (1 - beta2) / (1 - beta2**t)
-        p.mul_(1 - lr * group["weight_decay"]).view(-1).sub_(m.div_(v.sqrt_().add_(group["eps"])), alpha=lr)  # 12
+        decay_([p], [g], group, "decoupled")
+        p.view(-1).sub_(m.div_(v.sqrt_().add_(group["eps"])), alpha=lr)  # 12
 
 
 def top(magnitude: Tensor, block_size: int, density: float) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,9 @@ class OptimizerConfig:
         lr: Learning rate.
         min_lr: Where schedules end.
         weight_decay: Coefficient of weight decay, of every optimizer.
-        decoupled_weight_decay: False adds it to the gradient, in ``adam``, ``radam``, ``sgd`` and Muon; others refuse it.
+        decoupled_weight_decay: False adds it to the gradient; ``sgd`` always does.
+        weight_decay_method: ``decoupled``, ``independent``, ``l2`` or ``palm`` (:func:`~.weight_decay.decay_`),
+            for parameters that no override gives another; None: what the line above says, where and as each optimizer has it.
         clip_grad: Largest global gradient norm; 0 for no clipping.
         adam_beta1: Decay of Adam's mean of the gradient.
         adam_beta2: Decay of Adam's mean of the squared gradient.
@@ -109,6 +111,7 @@ class OptimizerConfig:
     min_lr: float | None = None
     weight_decay: float = 0.01
     decoupled_weight_decay: bool = True
+    weight_decay_method: str | None = None
     clip_grad: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -19,6 +19,7 @@ from ..process_groups_config import ProcessGroupCollection
 from ..random import Key, normal
 from .checks import choice, fraction, non_negative, positive, whole_number
 from .kronecker import STEP
+from .weight_decay import decay_
 from .whole import WholeMode, WholeState, WholeStep
 
 BETA_LIPSCHITZ = 0.95
@@ -180,7 +181,8 @@ class WhiteKron(WholeStep, Optimizer):  # type: ignore[misc]
         u *= LARGEST_RMS / u.square().mean().sqrt().clamp_min(LARGEST_RMS)
         if group["lr_style"] == "adam":
             u /= 5
-        p.mul_(1 - lr * group["weight_decay"]).add_(u, alpha=-lr)
+        decay_([p], [g], group, "decoupled")
+        p.add_(u, alpha=-lr)
 
     def _normal(self, like: Tensor, shape: tuple[int, ...], name: str, t: int, purpose: str) -> Tensor:
         return normal(Key(self.seed, name, t, purpose), shape, dtype=like.dtype, device=like.device)

@@ -9,9 +9,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
-from .adam import decay_, denominators, mean_square_
+from .adam import denominators, mean_square_
 from .checks import choice, fraction, non_negative
 from .elementwise import ElementwiseStep, States
+from .weight_decay import decay_
 
 DECAYS = {"optax": 0.9, "torch": 0.99}
 
@@ -83,7 +84,7 @@ class RMSprop(ElementwiseStep, Optimizer):  # type: ignore[misc]
         optax, lr, squares = group["variant"] == "optax", float(group["lr"]), states["square_avg"]
         if group["first"] and group["initial_scale"]:
             torch._foreach_add_(squares, group["initial_scale"])
-        grads = decay_(params, grads, group, decoupled=optax)
+        grads = decay_(params, grads, group, "decoupled" if optax else "l2")
         mean_square_(squares, grads, group["decay"])
         eps, eps_root = (0.0, group["eps"]) if optax else (group["eps"], 0.0)
         roots = denominators(squares, 1.0, eps, eps_root)

@@ -1,16 +1,21 @@
 """Which optimizer and settings each parameter of a model gets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection
-from .optimizer_config import OptimizerConfig, ParamKey, unknown
+from .optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate, unknown
+from .weight_decay import METHOD
 
 Overrides = Mapping[ParamKey, Mapping[str, Any]]
+
+Mask = Callable[[str, nn.Parameter], bool] | str | Sequence[str]
+"""Which parameters get weight decay: ``mask(name, param)``, or glob patterns of names (:func:`mask_overrides`)."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,26 @@ def route(
     defaults: Overrides,
     overrides: Overrides,
     groups: ProcessGroupCollection,
+    mask: Mask | None = None,
 ) -> list[Routed]:
     """Decide for every parameter that requires a gradient.
 
-    ``overrides`` win over ``defaults``, key by key; 1-D parameters get no weight decay unless an override says otherwise.
-    Override keys: ``optimizer``; ``lr`` (or Megatron's ``max_lr``), ``min_lr``, ``lr_mult``, ``wd_mult``,
-    ``weight_decay``; any other key is an argument that the optimizer keeps per group.
+    ``overrides`` win over ``mask`` and that over ``defaults``, key by key; 1-D parameters get no weight decay unless one of
+    these says otherwise. Override keys: ``optimizer``; ``lr`` (or Megatron's ``max_lr``), ``min_lr``, ``lr_mult``,
+    ``wd_mult``, ``weight_decay``, ``weight_decay_method``; any other key is an argument that the optimizer keeps per group.
 
     Raises:
-        ValueError: when two overrides disagree, or one matches no parameter of any pipeline stage, or names collide.
+        ValueError: when two overrides disagree, or one, or a pattern of ``mask``, matches no parameter of any pipeline stage,
+            or names collide.
     """
     named = _named_parameters(model_chunks)
-    _check_matches(named, overrides, groups)
+    masked, patterns = ({}, []) if mask is None else mask_overrides(mask)
+    _check_matches(named, [*overrides, *patterns], groups)
     routed = []
     for name, param in named.items():
         settings: dict[str, Any] = {} if param.ndim > 1 else {"wd_mult": 0.0}
-        settings |= _combine(name, param, defaults) | _combine(name, param, overrides)
+        settings |= _combine(name, param, defaults) | _combine(name, param, masked)
+        settings |= _combine(name, param, overrides)
         optimizer = settings.pop("optimizer", config.optimizer)
         routed.append(Routed(name, param, optimizer, _group_settings(config, settings)))
     return routed
@@ -65,7 +74,21 @@ def param_groups(routed: Sequence[Routed]) -> list[dict[str, Any]]:
     return [{"params": params, **dict(settings)} for settings, params in by_settings.items()]
 
 
-SETTINGS = ("lr", "min_lr", "lr_mult", "wd_mult", "weight_decay", "start_wd", "end_wd")
+def mask_overrides(mask: Mask) -> tuple[dict[ParamKey, dict[str, float]], list[ParamKey]]:
+    """``mask`` as overrides of parameter groups: ``wd_mult`` 1 where it holds, 0 elsewhere; and its patterns.
+
+    A pattern selects what is decayed, and one that begins with ``!`` what is not: ``("!*.bias", "!*norm*")`` decays all but
+    these. A parameter is decayed if none of the latter match and one of the former does, or there are none.
+    """
+    given = () if callable(mask) else (mask,) if isinstance(mask, str) else tuple(mask)
+    decayed = mask if callable(mask) else _by_patterns(given)
+    yes = ParamWithNamePredicate("weight_decay_mask", lambda param, name: bool(decayed(name, param)))
+    no = ParamWithNamePredicate("not weight_decay_mask", lambda param, name: not decayed(name, param))
+    masked = {ParamKey(with_name_predicate=yes): {"wd_mult": 1.0}, ParamKey(with_name_predicate=no): {"wd_mult": 0.0}}
+    return masked, [ParamKey(name=pattern.removeprefix("!")) for pattern in given]
+
+
+SETTINGS = ("lr", "min_lr", "lr_mult", "wd_mult", "weight_decay", METHOD, "start_wd", "end_wd")
 """Keys that any parameter group may have: schedules and Megatron's scheduler read them."""
 
 
@@ -96,6 +119,17 @@ def _named_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Paramet
     return dict(reversed(once.values()))
 
 
+def _by_patterns(given: tuple[str, ...]) -> Callable[[str, nn.Parameter], bool]:
+    excluded = [pattern[1:] for pattern in given if pattern.startswith("!")]
+    selected = [pattern for pattern in given if not pattern.startswith("!")] or ["*"]
+
+    def decayed(name: str, param: nn.Parameter) -> bool:
+        matches = [any(fnmatchcase(name, pattern) for pattern in some) for some in (selected, excluded)]
+        return matches[0] and not matches[1]
+
+    return decayed
+
+
 def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> dict[str, Any]:
     combined: dict[str, Any] = {}
     by: dict[str, ParamKey] = {}
@@ -115,7 +149,9 @@ def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> dict[str, 
     return combined
 
 
-def _check_matches(named: Mapping[str, nn.Parameter], overrides: Overrides, groups: ProcessGroupCollection) -> None:
+def _check_matches(
+    named: Mapping[str, nn.Parameter], overrides: Sequence[ParamKey], groups: ProcessGroupCollection
+) -> None:
     here = [any(key.matches(param, name) for name, param in named.items()) for key in overrides]
     stages = groups.gather(groups.domain((groups.axis("pp"),)), here)
     for key, *matched in zip(overrides, *stages, strict=True):
@@ -128,6 +164,8 @@ def _check_matches(named: Mapping[str, nn.Parameter], overrides: Overrides, grou
 
 
 def _group_settings(config: OptimizerConfig, settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    if config.weight_decay_method is not None:
+        settings.setdefault(METHOD, config.weight_decay_method)
     decay = settings.pop("weight_decay", config.weight_decay) * settings.get("wd_mult", 1.0)
     lr = settings.pop("lr", config.lr) * settings.get("lr_mult", 1.0)
     return tuple(sorted({**settings, "weight_decay": decay, "lr": lr}.items()))

@@ -11,9 +11,10 @@ from ..engine import Work
 from ..placements import local
 from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
-from .adam import check_adam, decay_, denominators, mean_square_
+from .adam import check_adam, denominators, mean_square_
 from .checks import non_negative
 from .elementwise import ElementwiseStep, States
+from .weight_decay import METHOD, decay_, equivalent
 
 
 class ScheduleFree(ElementwiseStep, Optimizer):  # type: ignore[misc]
@@ -42,6 +43,14 @@ class ScheduleFree(ElementwiseStep, Optimizer):  # type: ignore[misc]
     ) -> list[Tensor]:
         """u at y, weight decay included."""
         raise NotImplementedError
+
+    def decayed_update_(
+        self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]
+    ) -> None:
+        """As in the base class, but what decays y decays z with it, as the rule's own weight decay does."""
+        if group.get(METHOD) not in (None, "l2"):
+            group = {**group, METHOD: None, "weight_decay": equivalent(group, group["rate"])}
+        super().decayed_update_(params, grads, states, group)
 
     def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:
         """Count ``k``; the warmed-up ``rate`` γ, and the weight c of z in x."""
@@ -220,4 +229,4 @@ class ScheduleFreeSGD(ScheduleFree):
         self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]
     ) -> list[Tensor]:
         """``g + wd·y``."""
-        return decay_(params, grads, group, decoupled=False)
+        return decay_(params, grads, group, "l2")

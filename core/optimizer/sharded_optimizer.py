@@ -16,6 +16,7 @@ from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec, sizes
 from .buckets import Bucket, RuleFunction, bucket_size
 from .settings import constructor_arguments
+from .weight_decay import METHOD, check_method
 
 CHECK = "SHARDSTEP_CHECK"
 """Environment variable: ``1`` makes every step compare what the ranks ask for before each collective."""
@@ -31,6 +32,13 @@ def check_gradients(param_groups: list[dict[str, Any]]) -> None:
     for group in param_groups:
         for p in group["params"]:
             check_gradient(p)
+
+
+def forget_gone(optimizer: Any) -> None:
+    """Drop the state of parameters that no group has any longer: accelerate shards a model after its optimizer is built."""
+    kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for p in [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in kept]:
+        del optimizer.state[p]
 
 
 def load_state(
@@ -145,6 +153,7 @@ class ShardedStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        forget_gone(self)
         engine.run(self.updates(), check=checks_ranks())
         return loss
 
@@ -185,6 +194,14 @@ class ShardedStep:
         for bucket in self._buckets(group):
             bucket.bind(self.state)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, for the parameters that the groups have now."""
+        for group in self.param_groups:
+            self._init_group(group)
+        forget_gone(self)
+        state: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state keeps its own dtype, is copied at once, and is left as it was when the new one does not fit.
 
@@ -211,7 +228,9 @@ class ShardedStep:
             self._init_group(self.param_groups[-1])
 
     def _check_settings(self, param_group: Mapping[str, Any]) -> None:
-        given = {k: v for k, v in param_group.items() if k in constructor_arguments(type(self)) and k != "params"}
+        check_method(param_group)
+        arguments = constructor_arguments(type(self)).keys() - {"params", METHOD}
+        given = {k: v for k, v in param_group.items() if k in arguments}
         for argument in given:
             if argument not in self.defaults:
                 raise ValueError(
@@ -252,9 +271,7 @@ class ShardedStep:
         p.add_(update, alpha=-float(group["lr"]))
 
     def _scoped(self, bucket: Bucket, group: Mapping[str, Any]) -> Rule:
-        return bucket.update(
-            self.rule(group), lambda p, update: self._apply(p, update, group), group, widens=self.widens
-        )
+        return bucket.update(self.rule(group), self._apply, group, widens=self.widens)
 
     @property
     def _groups(self) -> ProcessGroupCollection:

@@ -11,6 +11,7 @@ from ..process_groups_config import ProcessGroupCollection
 from ..state import StateSpec
 from .adam import MU_DTYPES, check_adam, check_mu_dtype
 from .elementwise import ElementwiseStep, States
+from .weight_decay import decay_
 
 
 class Lion(ElementwiseStep, Optimizer):  # type: ignore[misc]
@@ -58,5 +59,5 @@ class Lion(ElementwiseStep, Optimizer):  # type: ignore[misc]
         steps = list(torch._foreach_lerp(states["exp_avg"], grads, 1 - beta1))
         torch._foreach_sign_(steps)
         torch._foreach_lerp_(states["exp_avg"], grads, 1 - beta2)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        decay_(params, grads, group, "decoupled")
         torch._foreach_add_(params, steps, alpha=-lr)

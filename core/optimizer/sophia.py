@@ -15,6 +15,7 @@ from .adam import check_adam
 from .buckets import as_state
 from .checks import choice, non_negative
 from .elementwise import ElementwiseStep, States
+from .weight_decay import decay_
 
 Products = Sequence[Tensor | None]
 
@@ -86,7 +87,7 @@ class Sophia(ElementwiseStep, Optimizer):  # type: ignore[misc]
         """Algorithm 3, lines 6 and 12 to 13."""
         lr = float(group["lr"])
         torch._foreach_lerp_(states["exp_avg"], grads, 1 - group["betas"][0])
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        decay_(params, grads, group, "decoupled")
         curvatures = list(torch._foreach_mul(states["hessian"], group["rho"]))
         torch._foreach_clamp_min_(curvatures, group["eps"])
         steps = list(torch._foreach_div(states["exp_avg"], curvatures))

@@ -19,6 +19,7 @@ from ..process_groups_config import Axis, Domain
 from ..state import sizes
 from .checks import choice
 from .sharded_optimizer import ShardedStep, Travelling, check_gradients
+from .weight_decay import decay_first_
 
 WholeMode = Literal["owner", "duplicated"]
 
@@ -299,14 +300,15 @@ class WholeStep(ShardedStep):
         def work(unit: Unit, whole: Tensor, g: Tensor) -> None:
             slots = self.whole_specs(unit.layout.shape, group)
             state = SimpleNamespace(**{slot: self.state[p][slot + unit.suffix] for slot in slots})
-            self.update_whole_(whole, g, state, group, unit.name)
+            (g,), rest = decay_first_([whole], [g], group)
+            self.update_whole_(whole, g, state, rest, unit.name)
 
         return self.on_wholes(p, [local_gradient(p)], work)
 
     def _slots(self, p: Tensor, group: Mapping[str, Any]) -> Iterator[tuple[str, WholeState, Unit]]:
+        self._find_homes()
         for unit in self._parameters[p].units:
             for slot, spec in self.whole_specs(unit.layout.shape, group).items():
-        self._find_homes()
                 yield slot + unit.suffix, spec, unit
 
     @property
@@ -338,8 +340,6 @@ class WholeStep(ShardedStep):
         for p, found in units.items():
             self._parameters[p] = Parameter(layouts[p], tuple(found[k] for k in sorted(found)))
 
-
-def _in_order(x: Tensor) -> Tensor:
     def _owners_before(self, parts: list[tuple[Layout, Tensor, int, str]]) -> dict[tuple[int, str], int]:
         """Who has the state of what comes with one: its parameter took the place of another, as float32 copies do."""
         mine: dict[Domain, dict[tuple[int, str], bool]] = {}
@@ -354,6 +354,8 @@ def _in_order(x: Tensor) -> Tensor:
                     owners[key] = ranks.index(True)
         return owners
 
+
+def _in_order(x: Tensor) -> Tensor:
     """``x``, or a copy where kernels would go through its memory otherwise than through a tensor of its own."""
     in_order = x.is_contiguous() and x.data_ptr() % 64 == 0
     return x if in_order else x.clone(memory_format=torch.contiguous_format)

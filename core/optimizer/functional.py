@@ -1,0 +1,229 @@
+"""Optimizers as functions: parameters, gradients and state in, new parameters and new state out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ..placements import local
+from .checks import choice
+from .sharded_optimizer import ShardedStep
+
+Tensors = Mapping[str, Tensor]
+"""Parameter name → tensor: this rank's shard with Megatron's attributes, or a DTensor."""
+
+Gradients = Mapping[str, Tensor | None]
+"""Parameter name → gradient, laid out as the parameter; a name that is missing is as None."""
+
+Schedule = Callable[[int], float | Tensor]
+"""Number of finished steps → learning rate."""
+
+NoneGrads = Literal["zero", "skip"]
+"""What a gradient that is None stands for: zeros, or leave the parameter and its state alone, as ``step()`` does."""
+
+
+class OptimizerState(NamedTuple):
+    """What a :class:`FunctionalOptimizer` keeps between steps.
+
+    Attributes:
+        step: Finished steps.
+        slots: Parameter name → state name → tensor, as in ``optimizer.state``.
+    """
+
+    step: int
+    slots: dict[str, dict[str, Any]]
+
+
+class FunctionalOptimizer:
+    """The ``step()`` of a ``torch.optim.Optimizer`` as a function, by running that ``step()`` on parameters of its own.
+
+    So there is no second rule: results are those of the class, bit for bit. The optimizer is made at the first call, of
+    the names, shapes and attributes (``tensor_model_parallel``, ``shared``, …) of the parameters given then.
+
+    Args:
+        make: Makes the optimizer of named parameters.
+        schedule: Learning rate by number of finished steps; None: the optimizer's own.
+        lr: Learning rate that ``make`` gives; groups that have another keep its ratio to this one under a schedule.
+        donate: Update the tensors that are passed in place and return them, without copies when they are those of the call
+            before. Otherwise nothing that is passed changes, which takes this rank's parameters and state twice more.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[dict[str, nn.Parameter]], Optimizer],
+        schedule: Schedule | None = None,
+        *,
+        lr: float = 1.0,
+        donate: bool = False,
+    ) -> None:
+        self._make = make
+        self.schedule = schedule
+        self._lr = lr
+        self.donate = donate
+        self._params: dict[str, nn.Parameter] = {}
+        self._key: Any = None
+
+    @torch.no_grad()
+    def init(self, params: Tensors) -> OptimizerState:
+        """State before the first step.
+
+        ``params`` change where the optimizer's constructor changes its parameters (``sinkhorn_muon`` normalizes them).
+        Communicates as that constructor does.
+        """
+        self._key = None
+        self._bind(params)
+        for name, p in self._params.items():
+            if not torch.equal(local(params[name]), local(p)):
+                local(params[name]).copy_(local(p))
+        return OptimizerState(0, self._slots())
+
+    def update(
+        self, grads: Gradients, state: OptimizerState, params: Tensors
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
+        """:meth:`apply` with the schedule and torch's convention for gradients that are None.
+
+        Returns the new parameters, not what to add to the old ones: the sum would be rounded once more.
+        """
+        return self.apply(params, grads, state, none_grads="skip")
+
+    @torch.no_grad()
+    def apply(
+        self,
+        params: Tensors,
+        grads: Gradients,
+        state: OptimizerState,
+        *,
+        learning_rate_fn: Schedule | None = None,
+        none_grads: NoneGrads = "zero",
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
+        """One step.
+
+        Args:
+            params: Parameters.
+            grads: Gradients; not changed.
+            state: State of :meth:`init` or of the step before.
+            learning_rate_fn: In place of the schedule.
+            none_grads: What None stands for among ``grads``.
+
+        Returns:
+            New parameters and state; with ``donate`` the tensors that were passed, updated.
+
+        Raises:
+            ValueError: for a gradient without a parameter, or of another shape or dtype. Nothing was changed.
+            NotImplementedError: for a state that this optimizer did not make. Nothing was changed.
+        """
+        choice("none_grads", none_grads, ("zero", "skip"))
+        _check_gradients(params, grads)
+        self._bind(params)
+        self._check_state(state)
+        for name, p in self._params.items():
+            _put(local(p), local(params[name]))
+        self._put_state(state)
+        self._set_rate(learning_rate_fn or self.schedule, state.step)
+        try:
+            for name, p in self._params.items():
+                g = grads.get(name)
+                if g is not None:
+                    p.grad = g.detach()
+                elif none_grads == "zero":
+                    p.grad = torch.zeros_like(p)
+            self._optimizer.step()
+        finally:
+            for p in self._params.values():
+                p.grad = None
+        if not self.donate:
+            new = {name: p.detach().clone() for name, p in self._params.items()}
+            return new, OptimizerState(state.step + 1, self._slots())
+        for name, p in self._params.items():
+            _put(local(params[name]), local(p))
+            self._give_back(state.slots[name], self._optimizer.state[p])
+        return dict(params), OptimizerState(state.step + 1, state.slots)
+
+    def _bind(self, params: Tensors) -> None:
+        """Make the optimizer, unless there is one for such parameters."""
+        key = [
+            (k, p.shape, p.dtype, p.device, p.placements if isinstance(p, DTensor) else ()) for k, p in params.items()
+        ]
+        if key != self._key:
+            self._params = {name: as_parameter(p, copy=not self.donate) for name, p in params.items()}
+            self._optimizer = self._make(self._params)
+            self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+            members = getattr(self._optimizer, "optimizers", (self._optimizer,))
+            self._declares = all(isinstance(member, ShardedStep) for member in members)
+            self._key = key
+
+    def _set_rate(self, schedule: Schedule | None, count: int) -> None:
+        lr = self._lr if schedule is None else float(schedule(count))
+        for group, own in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = own if lr == self._lr else lr * (own / self._lr if self._lr else 1.0)
+
+    def _slots(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state; copies, unless it is donated."""
+        return {
+            name: {k: v.clone() if isinstance(v, Tensor) and not self.donate else v for k, v in slots.items()}
+            for name, p in self._params.items()
+            for slots in [self._optimizer.state[p]]
+        }
+
+    def _check_state(self, state: Any) -> None:
+        if not isinstance(state, OptimizerState):
+            raise NotImplementedError(
+                f"the state is a {type(state).__name__}, not an OptimizerState; make it with init(params) of this optimizer."
+            )
+        for name, p in self._params.items() if self._declares else ():
+            kept, given = _shapes(self._optimizer.state[p]), _shapes(state.slots.get(name, {}))
+            if kept != given:
+                raise NotImplementedError(
+                    f"{name}: the state has {given}, but this optimizer keeps {kept} here; make it with init(params), or "
+                    f"reshard it first."
+                )
+
+    def _put_state(self, state: OptimizerState) -> None:
+        for name, p in self._params.items():
+            kept, given = self._optimizer.state[p], state.slots.get(name, {})
+            if not self._declares:  # of another library, which makes state when it likes
+                kept.clear()
+                kept.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()})
+                continue
+            for slot, value in given.items():
+                _put(local(kept[slot]), local(value))
+
+    def _give_back(self, given: dict[str, Any], kept: dict[str, Any]) -> None:
+        for slot, value in kept.items():
+            if self._declares:
+                _put(local(given[slot]), local(value))
+            else:
+                given[slot] = value
+
+
+def as_parameter(p: Tensor, *, copy: bool) -> nn.Parameter:
+    """A parameter with the values and attributes of ``p``, in memory of its own if ``copy``."""
+    made = nn.Parameter(p.detach().clone() if copy else p.detach())
+    for name, value in vars(p).items():
+        if not name.startswith("_"):
+            setattr(made, name, value)
+    return made
+
+
+def _check_gradients(params: Tensors, grads: Gradients) -> None:
+    if unknown := sorted(grads.keys() - params.keys()):
+        raise ValueError(f"gradients of {unknown}, but no such parameters; there are {sorted(params)}.")
+    for name, g in grads.items():
+        p = params[name]
+        if g is not None and (g.shape != p.shape or g.dtype != p.dtype):
+            raise ValueError(
+                f"{name}: the gradient is {tuple(g.shape)} of {g.dtype}, but the parameter is {tuple(p.shape)} of {p.dtype}; "
+                f"give one like the parameter."
+            )
+
+
+def _shapes(slots: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(local(v).shape) if isinstance(v, Tensor) else () for k, v in slots.items()}
+
+
+def _put(target: Tensor, value: Tensor) -> None:
+    if target.data_ptr() != value.data_ptr():
+        target.copy_(value)

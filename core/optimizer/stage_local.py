@@ -1,0 +1,192 @@
+"""Steps of one pipeline stage's parameters, which wait for no other stage, but for the clip norm."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..process_groups_config import ProcessGroupCollection
+from .functional import FunctionalOptimizer, Gradients, OptimizerState, Schedule, Tensors
+from .routing import Mask
+from .transformations import Transformation, clipped, free
+
+ApplyFn = Callable[..., tuple[dict[str, Tensor], Any]]
+"""``apply_fn(*, params, grads, opt_state, learning_rate_fn, delete_grads)``, and ``metadata=`` if there is any."""
+
+
+@dataclass(frozen=True)
+class StageLocalOptimizerMetadata:
+    """What a stage-local step has to know of the optimizer it belongs to.
+
+    The fields are those of eFormer, so that its builders find them.
+
+    Attributes:
+        scheduler: Number of finished steps → learning rate, unless a call has a ``learning_rate_fn``.
+        weight_decay: Coefficient of weight decay.
+        weight_decay_mask: Which parameters are decayed; None: those that the optimizer decays by itself.
+        gradient_accumulation_steps: Micro-steps a step; only 1 is possible here.
+        clip_grad: Largest global norm of the gradients of all stages; None or 0: no clipping, no communication.
+        adamw_b1: β1 of Adam and AdamW; like what follows, None for other optimizers.
+        adamw_b2: β2.
+        adamw_eps: ε outside of the root.
+        adamw_eps_root: ε inside of the root.
+        adamw_mu_dtype: Dtype of the stored first moment; None: the parameter's, but at least float32.
+        optimizer_config: All settings of the optimizer.
+        extra_kwargs: What else was given; optimizers of the registry know ``none_grads`` (:data:`~.functional.NoneGrads`,
+            default ``zero``) and ``pg_collection``, the groups that the clip norm is summed over.
+    """
+
+    scheduler: Schedule
+    weight_decay: float = 0.0
+    weight_decay_mask: Mask | None = None
+    gradient_accumulation_steps: int = 1
+    clip_grad: float | None = None
+    adamw_b1: float | None = None
+    adamw_b2: float | None = None
+    adamw_eps: float | None = None
+    adamw_eps_root: float | None = None
+    adamw_mu_dtype: Any = None
+    optimizer_config: Any = None
+    extra_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class StageLocalGradientTransformation:
+    """A transformation with a step of its own for pipeline stages.
+
+    Attributes:
+        init: ``init(params)``, of the transformation.
+        update: ``update(grads, state, params)``, of the transformation.
+        metadata: What was given for the stage-local step.
+    """
+
+    def __init__(
+        self, tx: Transformation, apply_fn: ApplyFn | None = None, metadata: StageLocalOptimizerMetadata | None = None
+    ) -> None:
+        self.init, self.update, self.metadata = tx.init, tx.update, metadata
+        self._apply = apply_fn
+
+    def apply_gradients_stage_local(
+        self,
+        *,
+        params: Tensors,
+        grads: Gradients,
+        opt_state: Any,
+        learning_rate_fn: Schedule | None = None,
+        delete_grads: bool = False,
+    ) -> tuple[dict[str, Tensor], Any]:
+        """One step of this stage's parameters.
+
+        With clipping, all ranks of the model call it together, and sum one number; nothing else crosses stages.
+
+        Args:
+            params: This stage's parameters by name; they stay as they are, unless the optimizer takes donations.
+            grads: Their gradients. None stands for zeros, unless the optimizer was told to skip it.
+            opt_state: State of ``init`` or of the step before.
+            learning_rate_fn: Number of finished steps → learning rate, in place of the optimizer's schedule.
+            delete_grads: Give the gradients' memory back, as far as nothing else lives in it; they must not be used again.
+
+        Returns:
+            New parameters and state.
+
+        Raises:
+            NotImplementedError: when the optimizer has no such step, naming what is missing.
+        """
+        if self._apply is None:
+            raise NotImplementedError(
+                "this optimizer was built without a stage-local step; give make_stage_local_gradient_transformation an apply_fn."
+            )
+        return self._apply(
+            params=params,
+            grads=grads,
+            opt_state=opt_state,
+            learning_rate_fn=learning_rate_fn,
+            delete_grads=delete_grads,
+        )
+
+
+def make_stage_local_gradient_transformation(
+    tx: Transformation, metadata: StageLocalOptimizerMetadata | None = None, apply_fn: ApplyFn | None = None
+) -> StageLocalGradientTransformation:
+    """``tx`` with ``apply_fn`` as its stage-local step.
+
+    Args:
+        tx: Its ``init`` and ``update`` stay what they are.
+        metadata: Passed to ``apply_fn`` as ``metadata=``; its ``clip_grad`` is seen to before ``apply_fn`` gets the gradients.
+        apply_fn: The step; see :data:`ApplyFn`.
+
+    Raises:
+        ValueError: without ``apply_fn``.
+    """
+    if apply_fn is None:
+        raise ValueError("apply_fn is None; give the stage-local step of the optimizer.")
+    return StageLocalGradientTransformation(
+        tx, apply_fn if metadata is None else _with_metadata(apply_fn, metadata), metadata
+    )
+
+
+def make_unsupported_stage_local_gradient_transformation(
+    tx: Transformation, *, optimizer_type: str, reason: str | None = None
+) -> StageLocalGradientTransformation:
+    """``tx``, whose stage-local step raises NotImplementedError and says what to do.
+
+    Args:
+        tx: Its ``init`` and ``update`` work as they did.
+        optimizer_type: Name of the optimizer, for the error.
+        reason: Ends the error.
+    """
+    because = f" Reason: {reason}" if reason else ""
+
+    def refuse(**_: Any) -> tuple[dict[str, Tensor], Any]:
+        raise NotImplementedError(
+            f"optimizer {optimizer_type!r} has no step of one pipeline stage: its builder does not implement build_mpmd(...). "
+            f"Override build_mpmd in the registered builder, or use update, which needs no stages.{because}"
+        )
+
+    return make_stage_local_gradient_transformation(tx, apply_fn=refuse)
+
+
+def stage_local_step(optimizer: FunctionalOptimizer) -> ApplyFn:
+    """The stage-local step of an optimizer of the registry: that of its class, on the parameters of the stage."""
+
+    def apply(
+        *,
+        metadata: StageLocalOptimizerMetadata,
+        params: Tensors,
+        grads: Gradients,
+        opt_state: OptimizerState,
+        learning_rate_fn: Schedule | None = None,
+        delete_grads: bool = False,
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
+        if metadata.optimizer_config is None:
+            raise NotImplementedError(
+                "the metadata has no optimizer_config; a stage-local step needs the optimizer's settings."
+            )
+        new = optimizer.apply(
+            params,
+            grads,
+            opt_state,
+            learning_rate_fn=learning_rate_fn or metadata.scheduler,
+            none_grads=metadata.extra_kwargs.get("none_grads", "zero"),
+        )
+        if delete_grads:
+            free(params, grads)
+        return new
+
+    return apply
+
+
+def _with_metadata(apply_fn: ApplyFn, metadata: StageLocalOptimizerMetadata) -> ApplyFn:
+    groups = ProcessGroupCollection.from_any(metadata.extra_kwargs.get("pg_collection", ProcessGroupCollection()))
+
+    def apply(*, params: Tensors, grads: Gradients, delete_grads: bool = False, **kwargs: Any) -> Any:
+        if metadata.gradient_accumulation_steps != 1:
+            raise NotImplementedError(
+                f"gradient_accumulation_steps={metadata.gradient_accumulation_steps}: a stage-local step takes the gradients "
+                f"of all micro-batches at once. Add them up before it (the pipeline's backward does), or use update."
+            )
+        if metadata.clip_grad:
+            grads = clipped(params, grads, metadata.clip_grad, groups, in_place=delete_grads)
+        return apply_fn(metadata=metadata, params=params, grads=grads, delete_grads=delete_grads, **kwargs)
+
+    return apply

@@ -1,0 +1,161 @@
+"""What stands around a functional optimizer: clipping, and the mean of several micro-steps."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..placements import layout_of, local
+from ..process_groups_config import ProcessGroupCollection
+from .checks import whole_number
+from .clip import Entry, norm_and_factor, norm_domain
+from .functional import FunctionalOptimizer, Gradients, Tensors, as_parameter
+
+
+class Transformation(Protocol):
+    """An optimizer as two functions."""
+
+    @property
+    def init(self) -> Callable[[Tensors], Any]:
+        """``init(params)``: the state before the first step."""
+
+    @property
+    def update(self) -> Callable[[Gradients, Any, Tensors], tuple[dict[str, Tensor], Any]]:
+        """``update(grads, state, params)``: new parameters and state."""
+
+
+class Clipped:
+    """``inner``, of gradients that were clipped by their global norm. State is that of ``inner``.
+
+    Args:
+        inner: The optimizer.
+        max_norm: Largest norm.
+        groups: Process groups of the model, all of whose ranks call :meth:`update` together.
+    """
+
+    def __init__(self, inner: Transformation, max_norm: float, groups: ProcessGroupCollection) -> None:
+        self.inner = inner
+        self._max_norm, self._groups = max_norm, groups
+
+    def init(self, params: Tensors) -> Any:
+        """As :meth:`Transformation.init`; makes the process group that the norm is summed over."""
+        norm_domain(_entries(params, {}, self._groups), self._groups)
+        return self.inner.init(params)
+
+    def update(self, grads: Gradients, state: Any, params: Tensors) -> tuple[dict[str, Tensor], Any]:
+        """As :meth:`Transformation.update`."""
+        return self.inner.update(clipped(params, grads, self._max_norm, self._groups), state, params)
+
+
+class AccumulationState(NamedTuple):
+    """State of :class:`Accumulated`.
+
+    Attributes:
+        micro: Micro-steps since the last step.
+        sums: Parameter name → sum of their gradients, in float32 at least; without those that had none.
+        inner: State of the optimizer.
+    """
+
+    micro: int
+    sums: dict[str, Tensor]
+    inner: Any
+
+
+class Accumulated:
+    """``inner``, once every ``steps`` calls, with the mean of their gradients; None counts as zeros in it.
+
+    The calls between return the parameters as they are. A parameter that had no gradient in any of the calls has none.
+
+    Args:
+        inner: The optimizer.
+        steps: Micro-steps, at least 1.
+    """
+
+    def __init__(self, inner: Transformation, steps: int) -> None:
+        whole_number("steps", steps, 1)
+        self.inner = inner
+        self._steps = steps
+
+    def init(self, params: Tensors) -> AccumulationState:
+        """As :meth:`Transformation.init`."""
+        return AccumulationState(0, {}, self.inner.init(params))
+
+    @torch.no_grad()
+    def update(
+        self, grads: Gradients, state: AccumulationState, params: Tensors
+    ) -> tuple[dict[str, Tensor], AccumulationState]:
+        """As :meth:`Transformation.update`."""
+        sums = dict(state.sums)
+        for name, g in grads.items():
+            if g is not None:
+                wide = g.detach().to(torch.promote_types(g.dtype, torch.float32), copy=True)
+                sums[name] = wide.add_(sums[name]) if name in sums else wide
+        if state.micro + 1 < self._steps:
+            return dict(params), AccumulationState(state.micro + 1, sums, state.inner)
+        means = {name: (total / self._steps).to(params[name].dtype) for name, total in sums.items()}
+        new, inner = self.inner.update(means, state.inner, params)
+        return new, AccumulationState(0, {}, inner)
+
+
+@torch.no_grad()
+def clipped(
+    params: Tensors, grads: Gradients, max_norm: float, groups: ProcessGroupCollection, *, in_place: bool = False
+) -> Gradients:
+    """``grads`` scaled so that their global norm is at most ``max_norm``; see :func:`.clip.clip_grad_norm_`.
+
+    Args:
+        params: Parameters of this rank, by name, with their attributes.
+        grads: Their gradients; None does not count.
+        max_norm: Largest norm.
+        groups: Process groups of the model; all its ranks call this together, also one without gradients.
+        in_place: Scale the gradients themselves.
+
+    Returns:
+        ``grads``, or new tensors.
+
+    Raises:
+        NonFiniteGradientError: on every rank, when the norm is not finite; nothing was changed.
+    """
+    entries = _entries(params, grads, groups)
+    _, factor = norm_and_factor(entries, max_norm, groups)
+    if factor == 1:
+        return grads
+    # From the alias: the norm may have needed a gradient placed as the parameter is.
+    return {
+        name: None if alias.grad is None else alias.grad.mul_(factor) if in_place else alias.grad.mul(factor)
+        for name, alias, _ in entries
+    }
+
+
+def _entries(params: Tensors, grads: Gradients, groups: ProcessGroupCollection) -> list[Entry]:
+    """``params`` with ``grads``, as the norm wants them, without touching their ``.grad``."""
+    entries: list[Entry] = []
+    for name, p in params.items():
+        alias, g = as_parameter(p, copy=False), grads.get(name)
+        alias.grad = None if g is None else g.detach()
+        entries.append((name, alias, layout_of(alias, groups, name=name)))
+    return entries
+
+
+def free(params: Tensors, grads: Mapping[str, Tensor | None]) -> None:
+    """Give back the memory of ``grads``, where nothing else lives in it; a ``.grad`` of ``params`` that is one of them goes.
+
+    A gradient that is a view of a larger buffer, as in Megatron-Core, keeps its memory.
+    """
+    for name, g in grads.items():
+        if g is None:
+            continue
+        p, shard = params[name], local(g)
+        storage = shard.untyped_storage()
+        if p.is_leaf and p.grad is not None and local(p.grad).untyped_storage().data_ptr() == storage.data_ptr():
+            p.grad = None
+        if storage.nbytes() == shard.numel() * shard.element_size() and storage.resizable():
+            storage.resize_(0)
+
+
+def optimizer_of(tx: Any) -> FunctionalOptimizer | None:
+    """The functional optimizer within ``tx``; None where there is none."""
+    while not isinstance(tx, FunctionalOptimizer) and hasattr(tx, "inner"):
+        tx = tx.inner
+    return tx if isinstance(tx, FunctionalOptimizer) else None
