@@ -3,7 +3,7 @@
 # With arguments it runs only pytest, with them:  bash test.sh tests/test_tree.py -k lines
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-bash scripts/bootstrap.sh plot megatron dev || exit
+bash scripts/bootstrap.sh plot megatron examples dev || exit
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python=$PWD/.venv/bin/python

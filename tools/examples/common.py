@@ -1,0 +1,89 @@
+"""What the examples share: the processes that torchrun started, real text, and a line for every step."""
+
+import argparse
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data import Samples, load_corpus, split_samples
+from ..model import GPTConfig
+
+SEQ_LENGTH = 32
+GLOBAL_BATCH = 8
+VOCAB_SIZE = 264
+"""The bytes, the end of a document, and what makes it a multiple of 8."""
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser of what every example takes; each adds its own."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--optimizer", default="muon", help="any name that core.optimizer knows")
+    parser.add_argument("--lr", type=float, default=0.003)
+    parser.add_argument(
+        "--precision", default="highest", help="of Muon's products: highest, in which layouts agree best; high; medium"
+    )
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--data-path", nargs="*", default=(), help="texts; those that Python carries by default")
+    return parser
+
+
+def gpt_config(*, tied: bool) -> GPTConfig:
+    """A GPT that trains in seconds on a CPU."""
+    return GPTConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH,
+        untie_embeddings_and_output_weights=not tied,
+    )  # fmt: skip
+
+
+def start() -> torch.device:
+    """Join the processes that torchrun started, over NCCL on CUDA and gloo on a CPU; without torchrun there is nothing to join.
+
+    Returns:
+        This process's device.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def samples(data_path: list[str]) -> Samples:
+    """The training sequences of the text, each (``SEQ_LENGTH`` + 1,)."""
+    return split_samples(load_corpus(data_path), seq_length=SEQ_LENGTH, seed=0)[0]
+
+
+def batches(
+    data_path: list[str], steps: range, device: torch.device, *, part: int = 0, parts: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of ``steps``: the same global batches for any number of data-parallel ranks.
+
+    Args:
+        data_path: Texts; empty for those that Python carries.
+        steps: Which batches.
+        device: Where to.
+        part: This rank's index on the data-parallel axis.
+        parts: Its size, a divisor of ``GLOBAL_BATCH``.
+
+    Returns:
+        Pairs of int64 (``GLOBAL_BATCH / parts``, ``SEQ_LENGTH``).
+    """
+    text = samples(data_path)
+    for step in steps:
+        mine = text.batch(step * GLOBAL_BATCH, GLOBAL_BATCH).chunk(parts)[part].to(device)
+        yield mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
+
+
+def report(step: int, loss: Tensor) -> None:
+    """Print the mean of ``loss`` over all ranks, on the first of them."""
+    loss = loss.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"step {step} loss {loss.item():.7f}", flush=True)
