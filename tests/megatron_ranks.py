@@ -3,7 +3,6 @@
 Importing Megatron-Core takes long, so one program does everything, and waits between its steps for what the test does.
 """
 
-import contextlib
 import sys
 import time
 from datetime import timedelta
@@ -14,50 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.megatron_cpu import serve_on_cpu
+
 RANKS = 2
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
 JOBS = {"adam": torch.float32, "muon": torch.bfloat16}
 """Optimizer → dtype of the weights."""
 GPT = {"num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 32}
-
-
-class Stream:
-    """What stands for a stream of a device that works at once."""
-
-    cuda_stream = 0
-    device = torch.device("cpu")
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Takes whatever CUDA's takes."""
-
-    def _nothing(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-    wait_stream = wait_event = synchronize = record = wait = _nothing
-
-    def record_event(self, *args: Any) -> "Stream":
-        return self
-
-    def query(self) -> bool:
-        return True
-
-
-def serve_on_cpu() -> None:
-    """Megatron-Core asks for CUDA devices without looking for one; give it the CPU. Changes no number."""
-
-    def on_cpu(make: Any) -> Any:
-        return lambda *args, **kwargs: make(*args, **{**kwargs, "device": "cpu"} if "device" in kwargs else kwargs)
-
-    for name in FACTORIES:
-        setattr(torch, name, on_cpu(getattr(torch, name)))
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.Stream = torch.cuda.Event = Stream
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: Stream()
-    torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
-    kind = Tensor.type
-    Tensor.type = lambda x, *args: kind(x, *args) if args else kind(x).replace("torch.", "torch.cuda.", 1)
-    Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
 class Rank:

@@ -1,7 +1,6 @@
-"""Our optimizers in the real Megatron-Core: one loss on every layout, its own checkpoints, its command line."""
+"""Our optimizers in Megatron-Core: its registry, its command line, what is refused, scripts that know nothing of us."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -13,77 +12,7 @@ import torch
 
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed: bash scripts/bootstrap.sh megatron")
 
-from tests.megatron_gpt import CASES, RANKS
-
 ROOT = Path(__file__).parents[1]
-
-
-def train(folder: Path, names: list[str]) -> dict[str, list[float]]:
-    """Losses of each case, trained by one program of several ranks."""
-    logs = [folder / f"rank {rank}" for rank in range(RANKS)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, "-W", "ignore", "-m", "tests.megatron_gpt", str(rank), str(folder / "store")]
-        with log.open("w") as out:
-            started = subprocess.Popen(
-                [*command, json.dumps(names)],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        ranks.append(started)
-    try:
-        codes = [rank.wait(timeout=150) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    said = [log.read_text() for log in logs]
-    assert codes == [0] * RANKS, "\n".join(said)
-    rows = [json.loads(line) for line in said[0].splitlines() if line.startswith("{")]
-    return {row["name"]: row["losses"] for row in rows}
-
-
-@pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    return train(tmp_path_factory.mktemp("megatron"), [name for name in CASES if "soap" not in name])
-
-
-SAME: list[tuple[str, str]] = [
-    ("theirs", "1"),
-    ("tp2", "1"),
-    ("tp4, 2 query groups", "1"),
-    ("tp2 pp2", "pp2"),  # a stage draws its own first weights
-    ("on from tp2, pp2", "on from tp2"),
-    ("swiglu tp2", "swiglu 1"),
-    ("normuon tp2", "normuon 1"),
-    ("on from 1, tp2", "on from tp2"),
-    ("theirs, on from tp2", "on from tp2"),
-    ("normuon on from tp2, pp2", "normuon on from tp2"),
-]
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize(("case", "like"), SAME)
-def test_every_layout_has_the_loss_of_one_rank(losses, case, like):
-    assert losses[case] == pytest.approx(losses[like], rel=1e-5)
-
-
-def test_sixteen_bits_differ_by_their_rounding(losses):
-    assert losses["bf16 tp2 layer-wise"] == pytest.approx(losses["bf16 1"], rel=2e-3)
-
-
-def test_every_run_learns(losses):
-    assert all(first > last for first, *_, last in losses.values())
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(200)
-def test_state_of_owners_goes_to_other_layouts(tmp_path):
-    found = train(tmp_path, [name for name in CASES if "soap" in name])
-    assert found["soap on from tp2, tp2"] == pytest.approx(found["soap on from tp2"], rel=1e-5)
-    assert found["soap on from tp2"][0] < found["soap tp2"][-1]
 
 
 @pytest.fixture
@@ -101,13 +30,15 @@ def test_every_setting_has_a_flag(parser, capsys):
 
     add_arguments(parser)
     args = parser.parse_args(["--optimizer", "shardstep_soap", "--soap-eps", "0.01", "--lion-betas", "0.9", "0.98"])
-    assert (args.soap_eps, args.lion_betas, args.muon_momentum) == (0.01, [0.9, 0.98], 0.9)
-    assert all(hasattr(args, name) for name in all_settings())
+    assert (args.shardstep_soap_eps, args.shardstep_lion_betas, args.muon_momentum) == (0.01, [0.9, 0.98], 0.9)
+    flags = {option[2:].replace("-", "_") for option in parser._option_string_actions}
+    assert flags >= set(all_settings())
     for name in list_optimizers():
         assert parser.parse_args(["--optimizer", f"shardstep_{name}"]).optimizer == f"shardstep_{name}"
     with pytest.raises(SystemExit):
         parser.parse_args(["--optimizer", "shardstep_muo"])
     assert "shardstep_muon" in capsys.readouterr().err
+    assert "_empty" not in parser.format_help()  # of settings without a default
 
 
 def test_muon_can_be_replaced(parser, monkeypatch):
@@ -140,6 +71,99 @@ def test_the_mode_is_exact_unless_asked_for():
     assert Settings(asked, "muon").muon_tp_mode == "blockwise"
 
 
+def test_a_flag_of_the_scripts_own_keeps_its_meaning(parser):
+    from core.megatron.flags import add_arguments
+
+    parser.add_argument("--soap-eps", choices=["small", "large"], default="small")
+    add_arguments(parser)
+    args = parser.parse_args(["--soap-eps", "large", "--shardstep-soap-eps", "0.01"])
+    assert (args.soap_eps, args.shardstep_soap_eps) == ("large", 0.01)
+    assert "--shardstep-muon-momentum" not in parser._option_string_actions  # Megatron's means the same
+
+
+@pytest.fixture
+def arguments(monkeypatch) -> Any:
+    """Megatron's own module of arguments, extended."""
+    from megatron.training import arguments
+
+    from core.megatron.flags import extend_arguments
+
+    for name in ("parse_args", "validate_args"):
+        monkeypatch.setattr(arguments, name, getattr(arguments, name))
+    extend_arguments()
+    return arguments
+
+
+GIVEN = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 --micro-batch-size 1"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # Megatron's
+def test_megatrons_own_parser_takes_our_flags_and_its_config_stays_as_it_is(arguments, monkeypatch):
+    from dataclasses import fields
+
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.training import global_vars
+
+    from core.megatron.settings import Settings
+
+    def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.add_argument("--apollo-rank", type=str)  # would conflict, if ours were there already
+        return parser
+
+    line = "script.py --optimizer shardstep_soap --soap-eps 0.01 --soap-precondition-frequency 3 --apollo-rank seven"
+    monkeypatch.setattr(sys, "argv", [*line.split(), *GIVEN.split()])
+    args = arguments.parse_args(extra)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    # Megatron fills its config with what the command line has under the names of its fields, None too.
+    given = {field.name: getattr(args, field.name) for field in fields(OptimizerConfig) if hasattr(args, field.name)}
+    assert not [name for name in given if name.startswith(("soap", "adaptive"))]
+    assert args.apollo_rank == "seven"
+    soap = Settings(config(optimizer=args.optimizer), "soap")
+    assert (soap.soap_eps, soap.soap_precondition_frequency, soap.soap_shampoo_beta) == (0.01, 3, 0.95)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # Megatron's
+@pytest.mark.parametrize("optimizer", ["shardstep_muon", "muon", "adam"])
+def test_a_flag_that_the_optimizer_does_not_have_is_refused(arguments, monkeypatch, optimizer):
+    line = f"script.py --optimizer {optimizer} --soap-eps 0.01"
+    monkeypatch.setattr(sys, "argv", [*line.split(), *GIVEN.split()])
+    with pytest.raises(ValueError, match=rf"--optimizer {optimizer} does not take --soap-eps"):
+        arguments.validate_args(arguments.parse_args())
+
+
+MUP: dict[str, list[str]] = {
+    "muon": ["muon", "adaptive_muon", "muon_hyperball", "mop", "scion", "spel", "sinkhorn_muon"],
+    "soap": ["soap", "shampoo", "quad", "psgd_pro", "lion", "adafactor"],
+    "adam": ["adamw", "radam", "oblique_adam"],
+    "sgd": ["sgd"],
+}
+"""What a name means to Megatron's rules for width → ours that get the same."""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # no rank to log on
+@pytest.mark.parametrize(("rule", "names"), MUP.items())
+def test_learning_rates_follow_the_width_as_megatrons_do(rule, names):
+    from megatron.core.optimizer import get_mup_config_overrides
+
+    import core.megatron  # noqa: F401
+
+    matrix, vector, table = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 4), (4,), (8, 4)))
+    table.is_embedding_or_output_parameter = table.is_embedding_parameter = True  # type: ignore[attr-defined]
+    weights = {"layers.0.fc.weight": matrix, "layers.0.fc.bias": vector, "embedding.weight": table}
+
+    def overrides(optimizer: str) -> list[tuple[str, Any]]:
+        found = get_mup_config_overrides(config(min_lr=0.01, adam_eps=1e-6), 4.0, optimizer)
+        return [(name, given) for name, p in weights.items() for key, given in found.items() if key.matches(p, name)]
+
+    expected = overrides(rule)
+    for name in names:
+        assert overrides(f"shardstep_{name}") == expected, name
+    fourth = {"max_lr": 0.025, "min_lr": 0.0025}
+    assert dict(expected).get("layers.0.fc.weight") == {
+        "muon": None, "soap": fourth, "adam": {**fourth, "eps": 2.5e-7}, "sgd": None
+    }[rule]  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Megatron's, as it is imported
 def test_only_flags_of_ours_are_settings(monkeypatch):
     from megatron.training import global_vars
@@ -148,12 +172,13 @@ def test_only_flags_of_ours_are_settings(monkeypatch):
     from core.process_groups_config import ProcessGroupCollection
 
     # Megatron's flags have names that are ours for something else: its rank is this process's.
-    given = argparse.Namespace(rank=3, seed=5, lr=7.0, apollo_scale=2.0, soap_eps=None)
+    given = argparse.Namespace(rank=3, seed=5, lr=7.0, shardstep_apollo_scale=2.0, apollo_update_proj_gap=9)
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", given)
     kwargs = _entry("apollo").config_to_kwargs(config(optimizer="shardstep_apollo"), [], ProcessGroupCollection())
     assert not {"rank", "seed"} & kwargs.keys()
     assert (kwargs["lr"], kwargs["scale"]) == (0.1, 2.0)
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(skew_precond_dtype="bfloat16"))
+    assert kwargs.get("update_proj_gap") != 9
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(shardstep_skew_precond_dtype="bfloat16"))
     kwargs = _entry("skew").config_to_kwargs(config(optimizer="shardstep_skew"), [], ProcessGroupCollection())
     assert kwargs["precond_dtype"] is torch.bfloat16
 
@@ -177,13 +202,41 @@ def test_what_would_step_wrongly_is_refused(settings, words):
         _EMERGING_OPTIMIZERS[given.optimizer].config_to_kwargs(given, [], None)
 
 
-def test_a_version_without_the_registry_is_refused():
-    from core.megatron.seam import REGISTRY, seam
+def test_a_version_without_the_registry_is_refused(monkeypatch):
+    from core.megatron import seam
 
     with pytest.raises(ImportError, match=r"Megatron-Core 0\.19\.2 has no .*emerging_optimizers with _NO_SUCH_NAME"):
-        seam(REGISTRY, "_NO_SUCH_NAME")
-    with pytest.raises(ImportError, match=r"has no megatron\.core\.no_such_module with anything"):
-        seam("megatron.core.no_such_module", "anything")
+        seam.seam(seam.REGISTRY, "_NO_SUCH_NAME")
+    monkeypatch.setattr(seam, "version", lambda _: "0.17.1")
+    monkeypatch.setitem(sys.modules, seam.REGISTRY, None)
+    with pytest.raises(ImportError, match=r"Core 0\.17\.1 has no .*pip install 'megatron-core>=0\.18,<0\.20'"):
+        seam.seam(seam.REGISTRY, "_EMERGING_OPTIMIZERS")
+
+
+def test_groups_are_told_apart_where_their_identifiers_leave_out_the_optimizer(monkeypatch):
+    from megatron.core.optimizer import optimizer as theirs
+
+    from core.megatron.resume import _counterpart
+
+    keys = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # all that 0.18 has
+    monkeypatch.setattr(theirs, "param_group_identifier_keys", keys)
+    same = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    muon, adam = {**same, "momentum": 0.9}, {**same, "optimizer": "adam", "eps": 1e-8}
+    assert [_counterpart(group, [adam, muon]) for group in (muon, adam)] == [muon, adam]
+
+
+def test_the_hook_waits_only_where_it_is_asked_for(monkeypatch):
+    from core import megatron_hook
+
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.delenv(megatron_hook.VARIABLE, raising=False)
+    before = list(sys.meta_path)
+    megatron_hook.install()
+    assert sys.meta_path == before
+    monkeypatch.setenv(megatron_hook.VARIABLE, "1")
+    megatron_hook.install()
+    megatron_hook.install()
+    assert len(sys.meta_path) == len(before) + 1
 
 
 @pytest.mark.parametrize("how", ["hook", "launcher"])

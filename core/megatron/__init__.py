@@ -4,8 +4,9 @@
 and with ``SHARDSTEP_MEGATRON=1`` in the environment no command changes at all.
 """
 
+from .layer_wise import tag_whole
 from .registration import register, replace_muon
 
 register()
 
-__all__ = ["register", "replace_muon"]
+__all__ = ["register", "replace_muon", "tag_whole"]

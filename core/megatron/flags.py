@@ -1,17 +1,23 @@
 """Flags for every optimizer in Megatron's command line, made from the constructors."""
 
 import argparse
+import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ..optimizer import emerging_optimizers as ours
 from ..optimizer.settings import Setting
-from .registration import PREFIX, REPLACED, replace_muon
-from .seam import ARGUMENTS, seam
-from .settings import EXACT, TP_MODE
+from .checks import REPLACED, runs_flat
+from .registration import name_of, replace_muon
+from .seam import ARGUMENTS, CONFIG, seam
+from .settings import EXACT, PREFIX, SPLIT_HEADS, TP_MODE
 
 REPLACE = "--shardstep-replace-muon"
+
+type Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+"""What a script adds to the parser."""
 
 
 def extend_arguments() -> None:
@@ -20,51 +26,102 @@ def extend_arguments() -> None:
     Raises:
         ImportError: when this Megatron has no such parser.
     """
-    (add,) = seam(ARGUMENTS, "add_megatron_arguments")
-    if hasattr(add, "shardstep"):
+    parse, validate = seam(ARGUMENTS, "parse_args", "validate_args")
+    if hasattr(parse, "shardstep"):
         return
 
-    @functools.wraps(add)
-    def with_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return add_arguments(add(parser))
+    @functools.wraps(parse)
+    def with_ours(extra_args_provider: Provider | None = None, *rest: Any, **more: Any) -> argparse.Namespace:
+        # Ours come last, where a flag of the script's own that is called like one of ours is seen.
+        def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            return add_arguments(extra_args_provider(parser) if extra_args_provider else parser)
+
+        args: argparse.Namespace = parse(extra, *rest, **more)
+        return args
 
     with_ours.shardstep = True  # type: ignore[attr-defined]
-    sys.modules[ARGUMENTS].add_megatron_arguments = with_ours  # type: ignore[attr-defined]
+    module: Any = sys.modules[ARGUMENTS]
+    module.parse_args, module.validate_args = with_ours, functools.partial(_validated, validate)
+
+
+def _validated(validate: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any) -> Any:
+    """As Megatron's ``validate_args``, which knows two optimizers that its distributed optimizer may cut, for more of them.
+
+    Raises:
+        ValueError: for a flag of ours that the optimizer does not have.
+    """
+    name = name_of(args.optimizer)
+    _check_taken(args, name)
+    if not args.use_distributed_optimizer or name is None or not runs_flat(name):
+        return validate(args, *rest, **more)
+    optimizer, args.optimizer = args.optimizer, "adam"
+    try:
+        return validate(args, *rest, **more)
+    finally:
+        args.optimizer = optimizer
+
+
+def _check_taken(args: argparse.Namespace, name: str | None) -> None:
+    """Refuse settings of another optimizer than ``name``, which would be given and do nothing."""
+    taken = {PREFIX + field for field in ours.settings_of(name)} if name else set()
+    known = {PREFIX + field for field in ours.all_settings()}
+    lost = sorted(given for given in known & vars(args).keys() - taken if getattr(args, given) is not None)
+    if lost:
+        flags = ", ".join(_option(given.removeprefix(PREFIX)) for given in lost)
+        raise ValueError(
+            f"--optimizer {args.optimizer} does not take {flags}; leave that out, or take the shardstep optimizer of that name."
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our names to ``--optimizer`` and a flag for each setting that the parser has none for; mutates ``parser``."""
-    known = {option: action for action in parser._actions for option in action.option_strings}
+    """Add our names to ``--optimizer`` and a flag for each setting that Megatron has none for; mutates ``parser``.
+
+    A flag that the script has for something else keeps its meaning: ours is then ``--shardstep-soap-eps`` for ``--soap-eps``.
+    """
+    (config,) = seam(CONFIG, "OptimizerConfig")
+    reaches_config = {field.name for field in dataclasses.fields(config)}
     names = ours.list_optimizers()
-    chosen = known["--optimizer"]
+    chosen = parser._option_string_actions["--optimizer"]
     chosen.choices = [*(chosen.choices or ()), *(PREFIX + name for name in names)]
     group = parser.add_argument_group("shardstep")
     group.add_argument(REPLACE, action=_Replace, nargs=0, help=f"make {' and '.join(REPLACED)} ours too")
     group.add_argument(
-        f"--{TP_MODE.replace('_', '-')}",
+        _option(TP_MODE),
         choices=[*EXACT, "blockwise"],
         help="how the shards of a matrix come together (default: owner; blockwise is not exact)",
     )
-    for name in names:
-        for field, setting in ours.settings_of(name).items():
-            option = f"--{field.replace('_', '-')}"
-            if option not in known:
-                known[option] = _add(group, option, field, setting)
+    group.add_argument(
+        _option(SPLIT_HEADS),
+        action="store_true",
+        help="Muon: orthogonalize each head of attention by itself (default: all heads of a kind together)",
+    )
+    settings = {field: setting for name in names for field, setting in ours.settings_of(name).items()}
+    before = set(parser._option_string_actions)
+    for field, setting in settings.items():
+        option = _option(field)
+        if not before & {option, f"--no-{option[2:]}"}:
+            _add(group, option, field, setting)
+        elif field not in reaches_config:
+            _add(group, _option(PREFIX + field), field, setting)
     return parser
 
 
-def _add(group: Any, option: str, field: str, setting: Setting) -> argparse.Action:
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _add(group: Any, option: str, field: str, setting: Setting) -> None:
     about = f"(default: {setting.default})".replace("%", "%%")
-    common: dict[str, Any] = {"dest": field, "default": None, "help": about}
+    # Under a name that no field of Megatron's OptimizerConfig has, and not there unless given: Megatron copies, prints and logs.
+    common: dict[str, Any] = {"dest": PREFIX + field, "default": argparse.SUPPRESS, "help": about}
     if setting.kind is bool and not setting.many:
-        added: argparse.Action = group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
-        return added
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        return
     if setting.choices:
         common["choices"] = setting.choices
     if setting.many:
         common["nargs"] = setting.length or "+"
-    added = group.add_argument(option, type=setting.kind, **common)
-    return added
+    group.add_argument(option, type=setting.kind, **common)
 
 
 class _Replace(argparse.Action):

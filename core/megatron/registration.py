@@ -1,6 +1,7 @@
 """Entries of our registry in Megatron-Core's."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,16 @@ from torch.optim import Optimizer
 from ..optimizer import emerging_optimizers as ours
 from ..optimizer.optimizer_config import ParamKey
 from ..process_groups_config import ProcessGroupCollection
-from .seam import CONFIG, REGISTRY, seam
-from .settings import Settings
+from .checks import REPLACED, cannot_be_cut, check, is_flat, is_layer_wise
+from .flat import flat_optimizer
+from .found import check_before_loading
+from .layer_wise import keep_together
+from .mup import follow_width
+from .resume import resume_across, resumes
+from .seam import CONFIG, FACTORY, REGISTRY, seam
+from .settings import PREFIX, Settings
 from .sharded_state import say_layouts, take_our_state
 from .tags import keep_attributes, tag
-
-PREFIX = "shardstep_"
-REPLACED = ("muon", "adaptive_muon")
 
 
 def register() -> None:
@@ -28,6 +32,13 @@ def register() -> None:
     (registry,) = seam(REGISTRY, "_EMERGING_OPTIMIZERS")
     keep_attributes()
     take_our_state()
+    resume_across()
+    check_before_loading()
+    keep_together(name_of)
+    follow_width(name_of)
+    (factory,) = seam(FACTORY, "_get_megatron_emerging_optimizer")
+    if not isinstance(factory, partial):
+        sys.modules[FACTORY]._get_megatron_emerging_optimizer = partial(_optimizer, factory)  # type: ignore[attr-defined]
     for name in ours.list_optimizers():
         registry[f"{PREFIX}{name}"] = _entry(name)
 
@@ -39,12 +50,43 @@ def replace_muon() -> None:
         registry[name] = _entry(name)
 
 
+def name_of(optimizer: str) -> str | None:
+    """The name in our registry of what Megatron-Core calls ``optimizer``; None for what is not ours."""
+    (registry,) = seam(REGISTRY, "_EMERGING_OPTIMIZERS")
+    to_kwargs = getattr(registry.get(optimizer), "config_to_kwargs", None)
+    return to_kwargs.args[0] if isinstance(to_kwargs, partial) and to_kwargs.func is _to_kwargs else None
+
+
+def _optimizer(
+    theirs: Callable[..., Any],
+    config: Any,
+    model_chunks: Sequence[nn.Module],
+    config_overrides: Any = None,
+    pg_collection: Any = None,
+) -> Any:
+    """As Megatron-Core's ``_get_megatron_emerging_optimizer``, and elementwise optimizers of ours on flat ranges.
+
+    Raises:
+        ValueError: for any other on flat ranges, Megatron-Core's own too: it would build them, and let ranks drift apart.
+    """
+    name = name_of(config.optimizer)
+    if not is_flat(config) or config.optimizer.startswith("dist_"):
+        return theirs(config, model_chunks, config_overrides, pg_collection)
+    if name is None:
+        raise cannot_be_cut(config)
+    check(name, config, model_chunks, pg_collection)
+    kwargs = _constructor_kwargs(name, config, model_chunks, None)
+    return flat_optimizer(
+        ours._entry(name).optimizer_cls, kwargs, config, model_chunks, config_overrides, pg_collection
+    )
+
+
 def _entry(name: str) -> Any:
     (entry_cls,) = seam(REGISTRY, "EmergingOptimizerEntry")
     entry = ours._entry(name)
 
     def build(param_groups: Any, **kwargs: Any) -> Optimizer:
-        return say_layouts(entry.optimizer_cls(param_groups, **kwargs))
+        return resumes(say_layouts(entry.optimizer_cls(param_groups, **kwargs)))
 
     return entry_cls(
         optimizer_cls=build,
@@ -56,15 +98,20 @@ def _entry(name: str) -> Any:
 
 def _to_kwargs(name: str, config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
     """Constructor arguments; marks fused weights first, because Megatron-Core does it by the shape of a shard."""
-    _check(name, config)
-    tag(model_chunks)
+    check(name, config, model_chunks, pg_collection)
+    groups = _groups(pg_collection, config)
+    tag(model_chunks, groups, split_heads=Settings(config, name).splits_heads)
+    return _constructor_kwargs(name, config, model_chunks, groups)
+
+
+def _constructor_kwargs(name: str, config: Any, model_chunks: Sequence[nn.Module], groups: Any) -> dict[str, Any]:
     to_kwargs = ours._entry(name).config_to_kwargs or partial(ours._default_adam_based_eopt_config_to_kwargs, name)
-    return to_kwargs(Settings(config, name), model_chunks, _groups(pg_collection, config))
+    return to_kwargs(Settings(config, name), model_chunks, groups)
 
 
 def _groups(theirs: Any, config: Any) -> ProcessGroupCollection:
     """Which ranks share a matrix. In the layer-wise optimizer data-parallel ranks have different ones."""
-    copies = not _is_layer_wise(config)
+    copies = not is_layer_wise(config)
     return ProcessGroupCollection(
         tp=theirs.tp,
         pp=getattr(theirs, "pp", None),
@@ -72,41 +119,6 @@ def _groups(theirs: Any, config: Any) -> ProcessGroupCollection:
         expt_tp=getattr(theirs, "expt_tp", None),
         expt_dp=getattr(theirs, "expt_dp", None) if copies else None,
     )
-
-
-def _is_layer_wise(config: Any) -> bool:
-    return bool(getattr(config, "use_layer_wise_distributed_optimizer", False))
-
-
-def _check(name: str, config: Any) -> None:
-    """Refuse what Megatron-Core would accept and step wrongly.
-
-    Raises:
-        ValueError: says what to set instead.
-    """
-    if config.use_distributed_optimizer and not _is_layer_wise(config):
-        raise ValueError(
-            f"optimizer={config.optimizer!r} with use_distributed_optimizer=True: its data-parallel ranks would step parts of a "
-            f"gradient and drift apart. Set use_layer_wise_distributed_optimizer=True and use_distributed_optimizer=False in "
-            f"OptimizerConfig (Megatron's --use-distributed-optimizer does that), or leave both out."
-        )
-    if name in _NEEDS_MORE:
-        raise ValueError(f"optimizer={config.optimizer!r} does not run under Megatron-Core: {_NEEDS_MORE[name]}.")
-    scalar = getattr(config, "muon_scalar_optimizer", "adam")
-    if scalar != "adam" and config.optimizer not in REPLACED:
-        raise ValueError(
-            f"muon_scalar_optimizer={scalar!r} is Megatron's for its own names; with optimizer={config.optimizer!r} vectors and "
-            f"embeddings are Adam's. Leave it out, or take --shardstep-replace-muon with --optimizer muon."
-        )
-
-
-_NEEDS_MORE = {
-    "sophia": "nothing there estimates the Hessian's diagonal",
-    **dict.fromkeys(
-        ("schedule_free_adamw", "schedule_free_sgd"),
-        "nothing there changes between the weights to train and to evaluate",
-    ),
-}
 
 
 def _their_keys(overrides: Mapping[ParamKey, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:

@@ -6,12 +6,19 @@ from typing import Any
 
 REGISTRY = "megatron.core.optimizer.emerging_optimizers"
 CONFIG = "megatron.core.optimizer.optimizer_config"
+FACTORY = "megatron.core.optimizer"
+PARALLEL = "megatron.core.parallel_state"
 LAYERS = "megatron.core.tensor_parallel.layers"
 ARGUMENTS = "megatron.training.arguments"
 GLOBALS = "megatron.training.global_vars"
+CHAIN = "megatron.core.optimizer.optimizer"
+LAYER_WISE = "megatron.core.optimizer.layer_wise_optimizer"
+DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 CHECKPOINT = "megatron.core.dist_checkpointing.optimizer"
+LOADING = "megatron.core.dist_checkpointing"
 MAPPING = "megatron.core.dist_checkpointing.mapping"
-TESTED = "0.19.2"
+RUN_WITH = "megatron-core>=0.18,<0.20"
+"""What pip would install. Before 0.18 there is no registry of optimizers to add to."""
 
 
 def seam(module: str, *names: str) -> list[Any]:
@@ -24,13 +31,14 @@ def seam(module: str, *names: str) -> list[Any]:
         found = version("megatron-core")
     except ModuleNotFoundError:
         raise ImportError(
-            f"shardstep.core.megatron needs Megatron-Core: pip install megatron-core=={TESTED}, or shardstep[megatron]."
+            f"shardstep.core.megatron needs Megatron-Core: pip install '{RUN_WITH}', or shardstep[megatron]."
         ) from None
     try:
         home = import_module(module)
         return [getattr(home, name) for name in names]
     except (ModuleNotFoundError, AttributeError) as error:
         raise ImportError(
-            f"Megatron-Core {found} has no {module} with {', '.join(names)} ({error}); install the version that shardstep was "
-            f"run with, megatron-core=={TESTED}."
+            f"Megatron-Core {found} has no {module} with {', '.join(names)} ({error}), which shardstep's optimizers need. "
+            f"Install a version that they were run with: pip install '{RUN_WITH}'. To train without them, leave out "
+            f"shardstep's launcher and SHARDSTEP_MEGATRON."
         ) from None

@@ -6,16 +6,20 @@ from typing import Any
 from ..optimizer.emerging_optimizers import settings_of
 from .seam import GLOBALS
 
-TP_MODE = "shardstep_tp_mode"
+PREFIX = "shardstep_"
+"""Of our optimizers' names in Megatron, and of what our flags are called in its parsed command line."""
+
+TP_MODE = f"{PREFIX}tp_mode"
+SPLIT_HEADS = f"{PREFIX}split_heads"
 EXACT = ("owner", "duplicated", "distributed", "auto")
 
 
 class Settings:
     """Megatron-Core's config as our registry reads one: an attribute, or none.
 
-    Of the command line only settings of the optimizer count (``--soap-eps``): Megatron's own flags have names, ``rank`` and
-    ``seed``, that are ours for something else. They win over an attribute of the config, which may also be one that its class
-    does not have (``config.soap_eps = 1e-2``).
+    Of the command line only our own flags count (``--soap-eps``): Megatron's reach the config where they mean the same, and
+    others have names, ``rank`` and ``seed``, that are ours for something else. Ours win over an attribute of the config, which
+    may also be one that its class does not have (``config.soap_eps = 1e-2``).
 
     Args:
         config: Megatron-Core's ``OptimizerConfig``.
@@ -31,12 +35,17 @@ class Settings:
         if name == "muon_tp_mode":
             return self._tp_mode()
         setting = self._settings.get(name)
-        given = self._flags.get(name) if setting else None
+        given = self._flags.get(PREFIX + name) if setting else None
         if setting and given is not None:
             return setting.value(given)
         if name == "lion_betas" and not hasattr(self._config, name):
             return self._config.lion_beta1, self._config.lion_beta2
         return getattr(self._config, name)
+
+    @property
+    def splits_heads(self) -> bool:
+        """Whether each head of attention is a matrix of its own."""
+        return bool(self._flags.get(SPLIT_HEADS) or getattr(self._config, SPLIT_HEADS, False))
 
     def _tp_mode(self) -> str:
         """Ours where it is given; else Megatron's where that is exact, which its default is not; else ``owner``."""

@@ -20,7 +20,7 @@ from .seam import CHECKPOINT, MAPPING, seam
 _LAYOUTS = "shardstep_layouts"
 """Attribute of a tensor in a ``state_dict``: where it lives, and where its parameter does."""
 
-_STEP, _OWNERS_STEP = "step", "owners_step"
+_STEP, OWNERS_STEP = "step", "owners_step"
 """Megatron-Core takes ``step`` for one number that all parameters have; an owner's is on no other rank."""
 
 
@@ -32,30 +32,42 @@ def say_layouts(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _rename_back(_: Optimizer, state_dict: dict[str, Any]) -> None:
-    for state in state_dict["state"].values():
-        if _OWNERS_STEP in state:
-            state[_STEP] = state.pop(_OWNERS_STEP)
+def _rename_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    for packed in state_dict["param_groups"]:
+        packed.pop(_STEP, None)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = [index for packed in state_dict["param_groups"] for index in packed["params"]]
+    for p, index in zip(params, ids, strict=False):  # where these differ, torch says so
+        state = state_dict["state"].get(index, {})
+        if OWNERS_STEP in state:
+            state[_STEP] = state.pop(OWNERS_STEP)
+        elif _STEP in state:  # which may be another optimizer's
+            state[_STEP] = torch.as_tensor(state[_STEP]).view(optimizer.state[p][_STEP].shape)
 
 
 def _mark(optimizer: Any, state_dict: dict[str, Any]) -> None:
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for p, index in zip(group["params"], packed["params"], strict=True):
             home = optimizer.layout(p)
-            state = state_dict["state"].get(index, {})
+            # torch hands out the optimizer's own dict.
+            state = state_dict["state"][index] = dict(state_dict["state"].get(index, {}))
             for slot, layout in optimizer.state_layouts(p, group).items():
                 if layout is None:
                     raise ValueError(
                         f"{slot} of a parameter of shape {tuple(p.shape)} belongs to this rank's block (mode blockwise), which "
                         f"no other layout could load; save with tp_mode owner, duplicated or distributed."
                     )
-                if (layout.shape, layout.splits) == (home.shape, home.splits) or (slot == _STEP and layout.is_whole):
+                if slot == _STEP and not layout.shape:
+                    if _STEP not in packed:
+                        packed[_STEP] = int(state[slot])
+                    continue
+                if (layout.shape, layout.splits) == (home.shape, home.splits):
                     continue
                 marked = state[slot].view_as(state.pop(slot))
                 setattr(marked, _LAYOUTS, (layout, home))
                 # What is on another rank is not in this one's checkpoint; loading makes it anew, without entries.
                 if marked.numel():
-                    state[_OWNERS_STEP if slot == _STEP else slot] = marked
+                    state[OWNERS_STEP if slot == _STEP else slot] = marked
             if not state:
                 state_dict["state"].pop(index, None)
 

@@ -1,0 +1,49 @@
+"""Which parameters Megatron-Core's layer-wise layout keeps whole on one rank: those that our optimizer steps.
+
+Megatron-Core keeps matrices that are no embeddings together, as its Muon wants them. Of ours some step all parameters, and some
+leave routers and position embeddings to Adam, whose buffers these would then not be in: nobody would step them.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from .checks import steps_whole
+from .seam import LAYER_WISE, seam
+from .settings import flags
+
+
+def keep_together(name_of: Callable[[str], str | None]) -> None:
+    """Let Megatron-Core's layer-wise layout follow our optimizer, where the command line names one. Again it does nothing new.
+
+    Args:
+        name_of: From a name that ``--optimizer`` takes to that in our registry; None for an optimizer that is not ours.
+    """
+    (theirs,) = seam(LAYER_WISE, "tag_params_for_buffer_routing")
+    if hasattr(theirs, "shardstep"):
+        return
+
+    @wraps(theirs)
+    def with_ours(model_chunks: Sequence[nn.Module]) -> None:
+        theirs(model_chunks)
+        name = name_of(str(flags().get("optimizer")))
+        if name is not None:
+            tag_whole(name, model_chunks)
+
+    with_ours.shardstep = True  # type: ignore[attr-defined]
+    sys.modules[LAYER_WISE].tag_params_for_buffer_routing = with_ours  # type: ignore[attr-defined]
+
+
+def tag_whole(name: str, model_chunks: Sequence[nn.Module]) -> None:
+    """Mark, for the layout of the gradient buffers, the parameters that our optimizer ``name`` steps.
+
+    Call it before the model is wrapped in ``DistributedDataParallel``, on all chunks.
+    """
+    for chunk in model_chunks:
+        for parameter, p in chunk.named_parameters():
+            if p.requires_grad:
+                tagged: Any = p
+                tagged.is_managed_by_layer_wise_optimizer = steps_whole(name, parameter, p)
