@@ -53,6 +53,13 @@ def start() -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Let all processes end together: one that is gone early may end the others' threads in the middle of something."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def samples(data_path: list[str]) -> Samples:
     """The training sequences of the text, each (``SEQ_LENGTH`` + 1,)."""
     return split_samples(load_corpus(data_path), seq_length=SEQ_LENGTH, seed=0)[0]

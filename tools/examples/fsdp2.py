@@ -17,7 +17,7 @@ from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 
 from ..model import GPT, build_gpt
-from .common import arguments, batches, gpt_config, report, start
+from .common import arguments, batches, gpt_config, leave, report, start
 
 
 def shard(model: GPT, device: torch.device, *, replicas: int, bf16: bool) -> None:
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scheduler.step()
         optimizer.zero_grad()
         report(step + 1, loss)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
@@ -22,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 
-from .common import GLOBAL_BATCH, SEQ_LENGTH, VOCAB_SIZE, arguments, samples
+from .common import GLOBAL_BATCH, SEQ_LENGTH, VOCAB_SIZE, arguments, leave, samples
 
 
 class Text(Dataset[dict[str, Tensor]]):
@@ -88,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for entry in trainer.state.log_history:
             if "loss" in entry:
                 print(f"step {entry['step']} loss {entry['loss']:.7f}", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

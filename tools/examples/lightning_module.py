@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
@@ -24,7 +23,7 @@ from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 
 from ..model import build_gpt
-from .common import GLOBAL_BATCH, arguments, gpt_config, report, samples
+from .common import GLOBAL_BATCH, arguments, gpt_config, leave, report, samples
 
 
 class Text(Dataset[Tensor]):
@@ -88,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.fit(Language(config, args.schedule_steps), loader, ckpt_path=args.resume)
     if args.save:
         trainer.save_checkpoint(args.save)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from core.optimizer.optimizer_config import OptimizerConfig
 
 from ..model import GPT, build_gpt
 from ..parallel import tensor_parallel
-from .common import arguments, batches, gpt_config, report, start
+from .common import arguments, batches, gpt_config, leave, report, start
 
 
 def parallelize(model: GPT, mesh: DeviceMesh) -> None:
@@ -87,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(training.step, loss)
     if args.save:
         save({"training": training}, checkpoint_id=args.save)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
