@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .agreement import compare
 from .exchange import exchange
 from .layout import Deal, Move, Reduce, Request, Rule
 
@@ -78,6 +79,20 @@ def run(rules: Iterable[Work | tuple[str, Rule]], *, check: bool = False) -> lis
         ValueError: when :data:`WAVE` is not a positive number.
     """
     return Run(check=check).finish(rules)
+
+
+def begin(rules: Iterable[tuple[str, Rule]], *, check: bool = False) -> Callable[[], list[Any]]:
+    """As :func:`run`, but only the first round is sent off; what is returned waits for it, goes on and returns the results."""
+    works = [Work(*work) for work in rules]
+    results: list[Any] = [None] * len(works)
+    deal = Run()._deal
+    wave = _Wave(check, [_Task(deal, work, partial(_keep, results, i)).start() for i, work in enumerate(works)])
+
+    def finish() -> list[Any]:
+        _finish(wave)
+        return results
+
+    return finish
 
 
 class Run:
@@ -316,7 +331,7 @@ def _wave_limit(largest: int, started: _Task) -> int:
 def _move(check: bool, batch: list[_Pending]) -> Callable[[], list[Any]]:
     moves = [pending.request for pending in batch]
     if check:
-        _compare(batch, moves[0].src.domain.group)
+        compare(_asked(batch), moves[0].src.domain.group)
     return exchange(moves)
 
 
@@ -331,7 +346,7 @@ def _reduce(check: bool, batch: list[_Pending]) -> Callable[[], list[Any]]:
         for where in _group_by((i for i, (groups, _, _) in enumerate(keys) if groups), keys.__getitem__):
             (group,), op, _ = keys[where[0]]
             if check:
-                _compare([batch[i] for i in where], group)
+                compare(_asked([batch[i] for i in where]), group)
             started.append((where, _all_reduce([values[i] for i in where], op, group)))
         return started
 
@@ -348,20 +363,8 @@ def _reduce(check: bool, batch: list[_Pending]) -> Callable[[], list[Any]]:
     return arrive
 
 
-def _compare(batch: list[_Pending], group: ProcessGroup | None) -> None:
-    mine = [(p.label, *_signature(p.request)) for p in batch]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, other in enumerate(everyone):
-        if other != mine:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other))
-            )
-            here, there = (str(asks[at]) if at < len(asks) else "nothing" for asks in (mine, other))
-            raise RuntimeError(
-                f"the ranks of a group ask for different things: here {here}, on rank {rank} of the group {there}. "
-                f"Every rank must hold the same parameters, with gradients on all ranks or on none."
-            )
+def _asked(batch: list[_Pending]) -> list[tuple[Any, ...]]:
+    return [(p.label, *_signature(p.request)) for p in batch]
 
 
 def _signature(request: Request) -> tuple[Any, ...]:

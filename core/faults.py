@@ -99,25 +99,28 @@ class Guard:
         self._taken: dict[str, deque[float]] = {name: deque(maxlen=window) for name in self._spikes}
         self.skipped = self.in_a_row = 0
 
-    def judge(self, step: int, loss: float, *, max_norm: float = 0.0) -> Verdict:
+    def judge(self, step: int, loss: float, *, max_norm: float = 0.0, total: Tensor | None = None) -> Verdict:
         """Decide about the step whose gradients are in ``.grad``; mutates nothing but gradients, which it clips.
 
         Args:
             step: Its number, for messages.
             loss: Its loss on this rank.
             max_norm: Largest global norm of the gradients; 0: no clipping.
+            total: That norm, where it is known and the loss is that of all pipeline stages. Then only replicas are asked.
 
         Raises:
             FaultError: on all ranks, when a gradient or the loss is not finite on any and that is an error; names
                 parameter, rank and step. Also when too many steps in a row were left out.
         """
         try:
-            norm = self._optimizer.clip_grad_norm_(max_norm)
+            norm = self._optimizer.clip_grad_norm_(max_norm, total)
         except NonFiniteGradientError:
             norm = math.nan  # replicas may have finite ones: it is said when they know, too
         finite = math.isfinite(loss) and math.isfinite(norm)
         mine = (float(not finite), loss if finite else -math.inf, norm if finite else -math.inf)
-        broken, loss_of_all, norm_of_all = _largest(mine, self._optimizer)
+        groups = self._optimizer.pg_collection
+        asked = _world() if total is None else groups.domain((groups.axis("dp"),))
+        broken, loss_of_all, norm_of_all = _largest(mine, self._optimizer, asked)
         if broken:
             reason = self._broken(step, loss)
             if not self._skips:
@@ -186,7 +189,7 @@ def check_state(optimizer: ChainedOptimizer, step: int) -> None:
     """
     held = list(_held(optimizer))
     mine = float(not _all_finite([x for _, x in held]))
-    if not any(_largest((mine,), optimizer)):
+    if not any(_largest((mine,), optimizer, _world())):
         return
     found = _everywhere([name for name, x in held if not _all_finite([x])])
     raise FaultError(
@@ -208,9 +211,9 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
     return not largest or bool(torch.stack(largest).isfinite().all())
 
 
-def _largest(values: Sequence[float], optimizer: ChainedOptimizer) -> list[float]:
-    """The largest of each over all ranks."""
-    group = _world().group
+def _largest(values: Sequence[float], optimizer: ChainedOptimizer, asked: Domain) -> list[float]:
+    """The largest of each over the ranks of ``asked``."""
+    group = asked.group
     if group is None:
         return list(values)
     device = next((local(p).device for _, p, _ in optimizer.entries()), torch.device("cpu"))

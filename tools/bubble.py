@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core import engine
 from core.faults import FaultError, Guard, Verdict
 from core.layout import Reduce, Rule
 from core.optimizer.chained import ChainedOptimizer
-from core.optimizer.clip import clip_factor
+from core.optimizer.clip import begin_norm, clip_factor
 from core.optimizer.speculative import SpeculativeStep
 from core.placements import local_gradient
 
@@ -17,9 +18,9 @@ from core.placements import local_gradient
 class BubbleStep:
     """Steps a stage before the others' losses and norms are known, and takes that back where they do not allow it.
 
-    The first stage is the last to finish its backward and has no bubble, so it waits. After a step whose gradients were
-    clipped the others wait, too: the next one will most likely be clipped as well, and a step for nothing warms only the
-    room. What comes out is what the ordinary order gives, bit for bit.
+    What the others wait for, this stage's part of the norm, is sent off before. The first stage is the last to finish its
+    backward and has no bubble, so it waits. After a step whose gradients were clipped all wait, because the next one's will
+    most likely be clipped as well. What comes out is what the ordinary order gives, bit for bit.
 
     Args:
         optimizer: Of this stage.
@@ -46,23 +47,31 @@ class BubbleStep:
         self._optimizer, self._guard, self._tell = optimizer, guard, tell
         self._speculative, self._has_bubble = SpeculativeStep(optimizer), has_bubble
         self._was_clipped = self._begun = False
+        self._norm: Callable[[], Tensor] | None = None
         self.ahead = self.undone = 0
 
     def begin(self) -> None:
-        """Step, if it is likely to stay. All ranks of the stage call it with final gradients."""
+        """Step, if it is likely to stay. All ranks call it, with final gradients."""
+        self._norm = begin_norm(self._optimizer.entries(), self._optimizer.pg_collection)
         if self._has_bubble and not self._was_clipped and self._is_finite():
             self._tell("optimizer")
             self._speculative.step()
             self._begun = True
 
     def settle(self, step: int, loss: float, max_norm: float) -> Verdict:
-        """Let all ranks judge, and make the step what they decided; all ranks call it. Arguments as :meth:`Guard.judge`.
+        """Let all ranks judge, and make the step what they decided; all ranks call it after :meth:`begin`.
+
+        Args:
+            step: Its number, for messages.
+            loss: Of all stages.
+            max_norm: Largest global norm of the gradients; 0: no clipping.
 
         Raises:
-            FaultError: as there; nothing was changed.
+            FaultError: as :meth:`Guard.judge`; nothing was changed.
         """
+        assert self._norm is not None
         try:
-            verdict = self._guard.judge(step, loss, max_norm=max_norm)
+            verdict = self._guard.judge(step, loss, max_norm=max_norm, total=self._norm())
         except FaultError:
             self._undo()
             raise
@@ -95,5 +104,5 @@ class BubbleStep:
         return bool(engine.run([("gradients of the stage", _sum(mine, group))])[0].isfinite())
 
 
-def _sum(x: torch.Tensor, group: Any) -> Rule:
+def _sum(x: Tensor, group: Any) -> Rule:
     return (yield Reduce(x, "sum", () if group is None else (group,)))

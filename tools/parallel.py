@@ -238,10 +238,11 @@ class Engine:
         if last is None:
             self.tell("gradients")
             self._reduce_gradients()
+        total = self._begin_sum(losses)
         if then is not None:
             then()
         self.tell("loss")
-        return self._sum(losses)
+        return total()
 
     def make_final(self, param: Tensor) -> None:
         """Sum the gradient of ``param`` over data-parallel ranks, in place."""
@@ -267,7 +268,7 @@ class Engine:
     def eval_step(self, batch: Tensor) -> float:
         """As `train_step`, without gradients; those that exist are left alone."""
         with torch.no_grad():
-            return self._sum(self._run(batch, backward=False))
+            return self._begin_sum(self._run(batch, backward=False))()
 
     def _run(
         self,
@@ -334,14 +335,20 @@ class Engine:
         mine = batch.chunk(self.dp)[self._dp_rank].to(self.device)
         return mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
 
-    def _sum(self, losses: list[Tensor]) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for loss in losses:
-            total += loss.detach()
-        for axis in ("pp", "dp"):
+    def _begin_sum(self, losses: list[Tensor]) -> Callable[[], float]:
+        """Send off the sum over all ranks, which does not wait for other stages; what is returned does, and returns it."""
+        total = sum((x.detach() for x in losses), torch.zeros((), dtype=torch.float64, device=self.device))
+        work = None
+        for axis in ("dp", "pp"):
             if self.mesh is not None and self.mesh[axis].size() > 1:
-                dist.all_reduce(total, group=self.mesh[axis].get_group())
-        return total.item()
+                work = dist.all_reduce(total, group=self.mesh[axis].get_group(), async_op=axis == "pp")
+
+        def arrive() -> float:
+            if work is not None:
+                work.wait()
+            return total.item()
+
+        return arrive
 
     def _reduce_gradients(self) -> None:
         params = [p for model in self.model_chunks for p in model.parameters()]

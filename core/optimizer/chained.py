@@ -83,9 +83,9 @@ class ChainedOptimizer(Optimizer):
             if hasattr(member, to):
                 getattr(member, to)()
 
-    def clip_grad_norm_(self, max_norm: float) -> float:
+    def clip_grad_norm_(self, max_norm: float, total: Tensor | None = None) -> float:
         """Clip the gradients of all members by their global norm; see :func:`clip.clip_grad_norm_`."""
-        return clip_grad_norm_(self.entries(), max_norm, self.pg_collection)
+        return clip_grad_norm_(self.entries(), max_norm, self.pg_collection, total)
 
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp the gradients of all members; see :func:`clip.clip_grad_value_`."""

@@ -28,7 +28,9 @@ class NonFiniteGradientError(ArithmeticError):
 
 
 @torch.no_grad()
-def clip_grad_norm_(entries: Sequence[Entry], max_norm: float, groups: ProcessGroupCollection) -> float:
+def clip_grad_norm_(
+    entries: Sequence[Entry], max_norm: float, groups: ProcessGroupCollection, total: Tensor | None = None
+) -> float:
     """Scale all gradients in place so that their global norm is at most ``max_norm``.
 
     Shards are summed over the ranks that hold them, experts also over those that hold other experts. Copies count once: on
@@ -39,6 +41,7 @@ def clip_grad_norm_(entries: Sequence[Entry], max_norm: float, groups: ProcessGr
         entries: Every parameter of this rank; those without a gradient do not count, and one that comes twice counts once.
         max_norm: Largest norm; 0 only measures.
         groups: Process groups of the model.
+        total: The norm, where it is known.
 
     Returns:
         The norm before clipping, the same on every rank.
@@ -46,16 +49,18 @@ def clip_grad_norm_(entries: Sequence[Entry], max_norm: float, groups: ProcessGr
     Raises:
         NonFiniteGradientError: on every rank, when the norm is not finite; names the first parameter and its rank.
     """
-    norm, factor = norm_and_factor(entries, max_norm, groups)
+    norm, factor = norm_and_factor(entries, max_norm, groups, total)
     if factor < 1:
         torch._foreach_mul_([local_gradient(p) for _, p, _ in _distinct(entries)], factor)
     return norm
 
 
 @torch.no_grad()
-def norm_and_factor(entries: Sequence[Entry], max_norm: float, groups: ProcessGroupCollection) -> tuple[float, float]:
+def norm_and_factor(
+    entries: Sequence[Entry], max_norm: float, groups: ProcessGroupCollection, total: Tensor | None = None
+) -> tuple[float, float]:
     """The norm, and what :func:`clip_grad_norm_` multiplies gradients by; arguments and errors as there, nothing is changed."""
-    total = global_norm(entries, groups)
+    total = global_norm(entries, groups) if total is None else total
     norm = float(total)
     with_gradient = [(name, local_gradient(p)) for name, p, _ in _distinct(entries)]
     if norm != norm or norm == float("inf"):
@@ -95,14 +100,24 @@ def global_norm(
     Returns:
         A float64 scalar, the same on every rank.
     """
+    return begin_norm(entries, groups, value)()
+
+
+@torch.no_grad()
+def begin_norm(
+    entries: Sequence[Entry],
+    groups: ProcessGroupCollection,
+    value: Callable[[Tensor, Tensor], Iterable[Tensor]] | None = None,
+) -> Callable[[], Tensor]:
+    """As :func:`global_norm`, but the reduction is only sent off; what is returned waits for it and returns the norm."""
     axes, domain = _axes(entries, groups), norm_domain(entries, groups)
     with_gradient = [(p, local_gradient(p), lay) for _, p, lay in _distinct(entries)]
     counted = [(p, g) for p, g, lay in with_gradient if _counts(p, lay, axes, groups)]
     squares = [_sum_of_squares(piece) for p, g in counted for piece in (value(p, g) if value else (g,))]
     mine = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=_device(entries))
     norm = _sum(mine, domain.group)
-    total: Tensor = engine.run([("global norm", norm)], check=checks_ranks())[0]
-    return total.sqrt()
+    arrive = engine.begin([("global norm", norm)], check=checks_ranks())
+    return lambda: arrive()[0].sqrt()
 
 
 def norm_domain(entries: Sequence[Entry], groups: ProcessGroupCollection) -> Domain:
