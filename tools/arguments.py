@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from core.optimizer.emerging_optimizers import get_supported_coefficient_types, list_optimizers, settings_of
 from core.optimizer.settings import Setting
+from core.optimizer.weight_decay import METHODS
 
 from .flags import NOT_NEGATIVE, POSITIVE, SHARE, Flag, count, number, switch, text, words
 from .model import NORMALIZATIONS
@@ -45,7 +46,11 @@ class Arguments(ScheduleArguments):
     # the optimizer
     optimizer: str = text("muon", "by name; what one for matrices cannot take goes to adamw", list_optimizers)
     weight_decay: float = number(0.01, "weight decay", NOT_NEGATIVE, hint="0 means none")
-    decoupled_weight_decay: bool = switch(True, "adam, radam and Muon decay weights apart from the gradient")
+    decoupled_weight_decay: bool = switch(True, "decay weights apart from the gradient; without it, as l2")
+    weight_decay_method: str | None = text(None, "style of weight decay (default: the optimizer's own)", METHODS)
+    weight_decay_mask: tuple[str, ...] = words(
+        "name patterns of what is decayed, with ! of what not (default: no vectors)"
+    )
     adam_beta1: float = number(0.9, "Adam's first beta", SHARE, hint=BETAS)
     adam_beta2: float = number(0.95, "Adam's second beta", SHARE, hint=BETAS)
     adam_eps: float = number(1e-8, "Adam's epsilon", POSITIVE, hint="1e-8 is usual")

@@ -115,7 +115,9 @@ def build_optimizer(
     """
     overrides = param_overrides(args.param_override)
     try:
-        optimizer = get_optimizer(optimizer_config(args), model_chunks, groups, overrides)
+        optimizer = get_optimizer(
+            optimizer_config(args), model_chunks, groups, overrides, args.weight_decay_mask or None
+        )
     except ValueError as error:
         given = (FLAG, " ".join(map(repr, args.param_override))) if overrides else ("--optimizer", args.optimizer)
         raise UsageError(*given, str(error)) from error
