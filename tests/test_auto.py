@@ -23,7 +23,7 @@ def modes(optimizer) -> list[str]:
 
 
 @pytest.mark.mpi(min_size=4)
-@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("rates", ["slow link", "fast link", pytest.param("measured", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ["muon", "adaptive_muon"])
 @pytest.mark.parametrize("cut", ["uneven columns", "tp rows, dp copies", "qkv tp, dp copies"])
 def test_the_step_is_that_of_the_whole_matrix(world, cut, name, rates):

@@ -57,6 +57,7 @@ def check_table(world, capsys) -> None:
         assert all(any(line.startswith(name) for line in lines) for name in names)
 
 
+@pytest.mark.soak
 @pytest.mark.mpi(min_size=2)
 def test_every_optimizer_on_2_ranks(world, capsys):
     check_table(world, capsys)

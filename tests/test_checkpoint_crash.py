@@ -32,7 +32,7 @@ LAYOUTS = {
     "tp2 dp2": Cut(tp=2, dp=2),
 }
 CASES = [(layout, how) for layout in LAYOUTS for how in ("sync", "async")]
-FAST = [("1", "sync"), ("tp2", "async")]
+FAST = [("1", "async")]
 OLD, NEW = 1.0, 2.0
 
 

@@ -37,6 +37,7 @@ def compare(folder: Path, *flags: str, patience: float) -> tuple[str, list[dict[
 
 
 @pytest.mark.timeout(250)
+@pytest.mark.soak
 def test_two_rows(tmp_path):
     said, (defaults, refused) = compare(
         tmp_path, "--cases", "defaults,distributed-optimizer", "--markdown", patience=240

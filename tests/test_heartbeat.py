@@ -63,6 +63,7 @@ def job(fault: str, tmp_path: Path, text: Path, minutes: float) -> str:
     return said
 
 
+@pytest.mark.soak
 def test_a_rank_that_sleeps(tmp_path, text):
     said = job("forward:2:1:3:sleep", tmp_path, text, 0.1)
     stuck = (

@@ -29,10 +29,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hn_adam": [{"lam0": 3.3}, {"lam0": 2.2}, {"variant": "trustformers"}],
     "lamb": [{}, {"max_grad_norm": 1.0}],
     "mars": [{"clip": "global"}, {"clip": "tensor"}],
-    "adaptive_muon": [
-        *({"moment2_method": method} for method in ("adamuon", "normuon", "namo")),
-        {"align_rms": True},
-    ],
+    "adaptive_muon": [{"moment2_method": "normuon"}, {"align_rms": True}, {"moment2_method": "namo"}],
     "adam": [{}, {"eps_root": 1e-6, "mu_dtype": "float32"}],
     "ademamix": [{"alpha_warmup": 6, "beta3_warmup": 8}, {"betas": (0.0, 0.999, 0.9999)}],
     "rmsprop": [{"momentum": 0.9, "nesterov": True, "initial_scale": 1.0}, {"variant": "torch"}],
@@ -47,7 +44,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 """Settings to try of optimizers that have several rules; the others run as they are, by being registered."""
 
 THOROUGH = ("muon", "adaptive_muon", "lamb", "shampoo")
-"""One rule for each way to the whole, tried on every cut; the others on :data:`REQUIRED`."""
+"""One rule for each way to the whole, tried on every cut with the first of its settings; all others on :data:`REQUIRED`."""
 
 
 def cases(size: int) -> list[Any]:
@@ -58,14 +55,12 @@ def cases(size: int) -> list[Any]:
         cls: Any = entry.optimizer_cls
         any_shape = not entry.default_param_overrides
         matrices = [cut for cut in CUTS[size] if not cut.startswith("any shape")]
-        cuts = matrices if name in THOROUGH else REQUIRED[size] if cls.kind != "elementwise" else ("rows", "columns")
-        cuts = [*cuts, *(cut for cut in CUTS[size] if any_shape and cut.startswith("any shape"))]
-        settings = [
-            {**kwargs, **mode}
-            for kwargs in VARIANTS.get(name, [{}])
-            for mode in ([{"tp_mode": mode} for mode in cls.modes] or [{}])
-        ]
-        found += [(cut, name, kwargs) for cut in cuts for kwargs in settings]
+        required = REQUIRED[size] if cls.kind != "elementwise" else ("rows", "columns")
+        shapes = [cut for cut in CUTS[size] if any_shape and cut.startswith("any shape")]
+        modes = [{"tp_mode": mode} for mode in cls.modes] or [{}]
+        for i, kwargs in enumerate(VARIANTS.get(name, [{}])):
+            cuts = matrices if name in THOROUGH and i == 0 else required
+            found += [(cut, name, {**kwargs, **mode}) for cut in (*cuts, *shapes) for mode in modes]
     found += [
         ("rows", "muon", {"tp_mode": mode, "use_decoupled_weight_decay": False, "nesterov": False})
         for mode in ("duplicated", "distributed", "owner")

@@ -1,9 +1,6 @@
 """Checkpoints of the real Megatron-Core: what one run saved, another goes on from, and where it cannot, it says why."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +11,18 @@ pytest.importorskip("megatron.core", reason="Megatron-Core is not installed: bas
 
 from core.optimizer.emerging_optimizers import list_optimizers
 from core.optimizer.kronecker import Soap
+from tests.programs import rows_of
 from tests.small_run import differing
 from tools.ckpt_source import safe_reader
 
-ROOT = Path(__file__).parents[1]
 PATIENCE_S = 300
 
 
 def play(folder: Path, runs: dict[str, dict[str, Any]], ranks: int = 2) -> dict[str, dict[str, Any]]:
     """What came of each run, of one program of several ranks."""
-    logs = [folder / f"rank {rank}" for rank in range(ranks)]
-    started = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, "-W", "ignore", "-m", "tests.megatron_checkpoints", str(rank), str(ranks)]
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [*command, str(folder / "store"), json.dumps(runs)],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        started.append(process)
-    try:
-        codes = [process.wait(timeout=PATIENCE_S) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    said = [log.read_text() for log in logs]
-    assert codes == [0] * ranks, "\n".join(said)
-    return {row["name"]: row for row in map(json.loads, (x for x in said[0].splitlines() if x.startswith("{")))}
+    given = [str(ranks), str(folder / "store"), json.dumps(runs)]
+    each = [[str(rank), *given] for rank in range(ranks)]
+    return {row["name"]: row for row in rows_of("tests.megatron_checkpoints", folder, each, PATIENCE_S)}
 
 
 def state_of(step: Path) -> dict[str, torch.Tensor]:

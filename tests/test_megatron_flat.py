@@ -1,10 +1,6 @@
 """Elementwise optimizers on the ranges of Megatron-Core's distributed optimizer, the others in its layer-wise one; refusals."""
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,33 +12,16 @@ import torch
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed: bash scripts/bootstrap.sh megatron")
 
 from tests.megatron_flat import FlatCase, as_json
+from tests.programs import rows_of
 
-ROOT = Path(__file__).parents[1]
 ADAMW, LAMB, MUON = "shardstep_adamw", "shardstep_lamb", "shardstep_muon"
 
 
 def run(folder: Path, cases: Mapping[str, FlatCase], ranks: int, *, saves: bool = False) -> dict[str, dict[str, Any]]:
     """What came of each case in one program of several ranks."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.megatron_flat", str(ranks), str(folder), as_json(cases)]
-    each = [[str(rank)] for rank in range(ranks)] if saves else [[]]
-    logs = [folder / f"log {i}" for i in range(len(each))]
-    started = []
-    for rank, log in zip(each, logs, strict=True):
-        with log.open("w") as out:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            started.append(
-                subprocess.Popen([*command, *rank], cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-            )
-    try:
-        codes = [process.wait(timeout=250) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    said = [log.read_text() for log in logs]
-    assert not any(codes), "\n".join(said)
-    rows = [json.loads(line) for line in said[0].splitlines() if line.startswith("{")]
-    return {row["name"]: row for row in rows}
+    given = [str(ranks), str(folder), as_json(cases)]
+    each = [[*given, str(rank)] for rank in range(ranks)] if saves else [given]
+    return {row["name"]: row for row in rows_of("tests.megatron_flat", folder, each, 250)}
 
 
 def flat(case: FlatCase, like: str, **changes: Any) -> FlatCase:

@@ -181,7 +181,7 @@ def test_extreme_matrices(shape, dtype, precision, variant):
     x = (x.mT if shape[0] > shape[1] else x) / x.norm()
     assert not of(x * 0).any()
     # From 1e-30 up the size does not matter; below it the result shrinks with X.
-    for size in (1e-29, 1e-22, 1e-16, 1e-14, 1e12, 1e18):
+    for size in (1e-29, 1e-16, 1e12, 1e18):
         assert error(of(x * size), polynomial(x, QUINTIC)) < {BF16: 1e-2, FP32: 3e-6, FP64: 1e-13}[dtype]
     assert 0 <= of(x * 1e-36).norm() < 1e-2
     one_row = x[:, :1] @ x[:1]

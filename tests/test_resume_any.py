@@ -19,6 +19,13 @@ HALF = 4
 BEFORE, AFTER = "tp rows, dp columns", "columns"
 
 
+DAILY = set(
+    "adamw adafactor lamb lion schedule_free_adamw sophia adamw_sr apollo micro_adam came soap shampoo quad eo_soap muon "
+    "adaptive_muon".split()
+)
+"""One of each way to keep state; the others take long to go through."""
+
+
 def model_of(params: list[nn.Parameter]) -> nn.Module:
     model = nn.Module()
     for i, p in enumerate(params):
@@ -47,7 +54,10 @@ def go_on(name: str, cut: Any, world: Any, path: Path, steps: range, kwargs: dic
 @pytest.mark.mpi(min_size=4)
 @pytest.mark.parametrize(
     ("name", "kwargs"),
-    [pytest.param(name, VARIANTS.get(name, [{}])[-1], id=name) for name in list_optimizers()],
+    [
+        pytest.param(name, VARIANTS.get(name, [{}])[-1], id=name, marks=() if name in DAILY else pytest.mark.soak)
+        for name in list_optimizers()
+    ],
 )
 def test_another_layout_goes_on(world, tmp_path, name, kwargs):
     folder: list[Any] = [str(tmp_path)]
