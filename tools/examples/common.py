@@ -49,7 +49,8 @@ def start() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # Without device_id: with it, NCCL lets only all processes together make a group, and joint groups are made by some.
+        dist.init_process_group("nccl" if cuda else "gloo")
     return device
 
 
