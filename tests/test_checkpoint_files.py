@@ -194,6 +194,7 @@ def test_the_newest_stay(tmp_path):
         run.save(5, keep=1)
 
 
+@pytest.mark.soak
 def test_a_second_job_does_not_save_to_the_directory(tmp_path):
     run = Saved(tmp_path)
     script = (

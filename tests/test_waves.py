@@ -171,7 +171,7 @@ def test_a_wave_size_that_is_none_is_refused_before_anything_is_changed(world, m
 
 @pytest.mark.mpi(min_size=4)
 @pytest.mark.parametrize("team", [2, 4])
-@pytest.mark.parametrize("name", ["muon", "adaptive_muon"])
+@pytest.mark.parametrize("name", ["muon", pytest.param("adaptive_muon", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("cut", ["dtensor columns", "tp rows, dp copies", "qkv one group"])
 def test_a_team_takes_the_step_of_the_whole_matrix(world, monkeypatch, cut, name, team):
     """The largest matrices are worked on by several ranks together, the others by one each, in one step."""
