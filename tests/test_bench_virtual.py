@@ -15,6 +15,7 @@ from tools.bench_cases import Candidate
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_shares_of_the_work(tmp_path):
     out = tmp_path / "out.json"

@@ -44,14 +44,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 """Settings to try of optimizers that have several rules; the others run as they are, by being registered."""
 
 THOROUGH = ("muon", "adaptive_muon", "lamb", "shampoo")
-"""One rule for each way to the whole, tried on every cut with the first of its settings, of two ranks only the first rule.
-All others are tried on :data:`REQUIRED`.
+"""One rule for each way to the whole, tried on every cut with the first of its settings: the first of them by day, the others
+behind the marker ``soak``. All others are tried on :data:`REQUIRED`.
 """
 
 
 def cases(size: int) -> list[Any]:
     """Cut, name and settings; whatever is registered."""
     found: list[tuple[str, str, dict[str, Any]]] = []
+    long: list[tuple[str, str, dict[str, Any]]] = []
     for name in list_optimizers():
         entry = _entry(name)
         cls: Any = entry.optimizer_cls
@@ -61,13 +62,19 @@ def cases(size: int) -> list[Any]:
         shapes = [cut for cut in CUTS[size] if any_shape and cut.startswith("any shape")]
         modes = [{"tp_mode": mode} for mode in cls.modes] or [{}]
         for i, kwargs in enumerate(VARIANTS.get(name, [{}])):
-            cuts = matrices if name in THOROUGH[: 1 if size == 2 else None] and i == 0 else required
+            cuts = matrices if name == THOROUGH[0] and i == 0 else required
             found += [(cut, name, {**kwargs, **mode}) for cut in (*cuts, *shapes) for mode in modes]
+            rest = [cut for cut in matrices if cut not in cuts] if name in THOROUGH and i == 0 else []
+            long += [(cut, name, {**kwargs, **mode}) for cut in rest for mode in modes]
     found += [
         ("rows", "muon", {"tp_mode": mode, "use_decoupled_weight_decay": False, "nesterov": False})
         for mode in ("duplicated", "distributed", "owner")
     ]
-    return [pytest.param(*case, id="-".join([case[0], case[1], *map(str, case[2].values())])) for case in found]
+
+    def param(case: tuple[str, str, dict[str, Any]], *marks: Any) -> Any:
+        return pytest.param(*case, id="-".join([case[0], case[1], *map(str, case[2].values())]), marks=marks)
+
+    return [*map(param, found), *(param(case, pytest.mark.soak) for case in long)]
 
 
 cached: dict[Any, list[torch.Tensor]] = {}

@@ -126,6 +126,7 @@ def test_a_rank_killed_anywhere(tmp_path, text, untouched, place, where):
     check_restart(tmp_path, text, untouched(4), place, where)
 
 
+@pytest.mark.soak
 def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path, text):
     job = Directory(tmp_path / "job", text, 2)
     said = run(job.command("forward:1:1:4:SIGUSR1"))
