@@ -60,26 +60,16 @@ class Resumed(Job):
         )
         return {"full_param_layout": layout}
 
-    def _optimizer(self) -> Any:
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
+    def settings(self) -> dict[str, Any]:
         case = self.case
-        config = OptimizerConfig(
-            optimizer=case.optimizer,
-            lr=case.lr,
-            min_lr=case.min_lr,
-            weight_decay=0.01,
-            bf16=case.bf16,
-            params_dtype=torch.bfloat16 if case.bf16 else torch.float32,
-            muon_fp32_matmul_prec="highest",
-            muon_tp_mode="duplicated",
-            muon_momentum=0.9,
-            adaptive_muon_moment2_method=case.moment2,
-            use_distributed_optimizer=case.distributed,
-            use_layer_wise_distributed_optimizer=case.layer_wise and not case.distributed,
-        )
-        config.soap_eps = 1e-2
-        return get_megatron_optimizer(config, [self.model], use_gloo_process_groups=False)
+        return {
+            **super().settings(),
+            "lr": case.lr,
+            "min_lr": case.min_lr,
+            "muon_momentum": 0.9,
+            "use_distributed_optimizer": case.distributed,
+            "use_layer_wise_distributed_optimizer": case.layer_wise and not case.distributed,
+        }
 
     @property
     def path(self) -> Path:

@@ -6,7 +6,6 @@
 
 import argparse
 import json
-import math
 import os
 import sys
 import traceback
@@ -48,6 +47,7 @@ class FlatJob(Job):
     """One case on this rank."""
 
     case: FlatCase
+    gloo = True
 
     def _layer_wise(self, model: Any, ddp: Any) -> dict[str, Any]:
         if self.case.how == "layout":
@@ -55,27 +55,15 @@ class FlatJob(Job):
         ddp.use_distributed_optimizer = self.case.how == "flat"
         return {}
 
-    def _optimizer(self) -> Any:
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
-        case = self.case
-        config = OptimizerConfig(
-            optimizer=case.optimizer,
-            lr=0.01,
-            min_lr=0.0,
-            weight_decay=0.01,
-            bf16=case.bf16,
-            params_dtype=torch.bfloat16 if case.bf16 else torch.float32,
-            muon_fp32_matmul_prec="highest",
-            use_distributed_optimizer=case.how == "flat",
-            use_layer_wise_distributed_optimizer=case.how in ("layout", "dealt"),
-            overlap_param_gather=case.overlap,
-            clip_grad=case.clip,
-            grad_norm_skip_threshold=case.skip or math.inf,
-        )
-        for name, value in case.settings.items():
-            setattr(config, name, value)
-        return get_megatron_optimizer(config, [self.model])
+    def settings(self) -> dict[str, Any]:
+        how = self.case.how
+        return {
+            **super().settings(),
+            "muon_tp_mode": "blockwise",  # Megatron's default, of which ours makes owner
+            "use_distributed_optimizer": how == "flat",
+            "use_layer_wise_distributed_optimizer": how in ("layout", "dealt"),
+            **self.case.settings,
+        }
 
     def state(self, *, loading: bool) -> dict[str, Any]:
         inner = self.model.module.module if self.case.bf16 else self.model.module

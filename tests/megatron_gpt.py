@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,13 @@ VOCABULARY, LENGTH, BATCH, STEPS, MICRO_BATCHES = 64, 16, 2, 3, 4
 
 
 class Job:
-    """One case on this rank."""
+    """One case on this rank.
+
+    Attributes:
+        gloo: Whether Megatron-Core makes groups of gloo's beside its own, which its distributed optimizer saves over.
+    """
+
+    gloo = False
 
     def __init__(self, case: Case, folder: Path) -> None:
         from megatron.core import parallel_state
@@ -152,25 +158,31 @@ class Job:
     def _optimizer(self) -> Any:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+        given, known = self.settings(), {field.name for field in fields(OptimizerConfig)}
+        config = OptimizerConfig(optimizer=self.case.optimizer, **{k: v for k, v in given.items() if k in known})
+        for name in given.keys() - known:  # of ours, which the class has no field for
+            setattr(config, name, given[name])
+        return get_megatron_optimizer(config, [self.model], use_gloo_process_groups=self.gloo)
+
+    def settings(self) -> dict[str, Any]:
+        """Of the optimizer."""
         case = self.case
-        config = OptimizerConfig(
-            optimizer=case.optimizer,
-            lr=0.01,
-            min_lr=0.0,
-            weight_decay=0.01,
-            bf16=case.bf16,
-            params_dtype=torch.bfloat16 if case.bf16 else torch.float32,
-            muon_fp32_matmul_prec="highest",
-            muon_tp_mode="duplicated",
-            adaptive_muon_moment2_method=case.moment2,
-            use_layer_wise_distributed_optimizer=case.layer_wise,
-            overlap_param_gather=case.overlap,
-            clip_grad=case.clip,
-            grad_norm_skip_threshold=case.skip or math.inf,
-        )
-        config.soap_eps = 1e-2
-        config.shardstep_split_heads = case.heads
-        return get_megatron_optimizer(config, [self.model], use_gloo_process_groups=False)
+        return {
+            "lr": 0.01,
+            "min_lr": 0.0,
+            "weight_decay": 0.01,
+            "bf16": case.bf16,
+            "params_dtype": torch.bfloat16 if case.bf16 else torch.float32,
+            "muon_fp32_matmul_prec": "highest",
+            "muon_tp_mode": "duplicated",
+            "adaptive_muon_moment2_method": case.moment2,
+            "use_layer_wise_distributed_optimizer": case.layer_wise,
+            "overlap_param_gather": case.overlap,
+            "clip_grad": case.clip,
+            "grad_norm_skip_threshold": case.skip or math.inf,
+            "soap_eps": 1e-2,
+            "shardstep_split_heads": case.heads,
+        }
 
     def train(self) -> list[float]:
         """The loss before each step, the same on all ranks."""

@@ -6,7 +6,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from core.optimizer.emerging_optimizers import _entry
@@ -210,3 +210,14 @@ def build(name: str, params: list[torch.nn.Parameter], cut: Cut, **kwargs: Any) 
     decay = {"weight_decay": 0.05} if "weight_decay" in taken else {}
     named = [(f"weight{i}", p) for i, p in enumerate(params)]
     return cls(named, lr=0.1, **{**decay, **accepted, **kwargs})
+
+
+class Weights(nn.Module):
+    """Parameters under dotted names, without a forward."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, p in params.items():
+            module, attribute = name.split(".")
+            self.add_module(module, nn.Module()) if module not in self._modules else None
+            getattr(self, module).register_parameter(attribute, p)

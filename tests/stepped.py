@@ -7,21 +7,11 @@ from torch import Tensor, nn
 
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
+from tests.sharding import Weights
 
 SHAPES = {"a.weight": (12, 8), "b.weight": (8, 16), "c.weight": (12, 8), "c.bias": (16,)}
 LR = 0.1
 SETTINGS: dict[str, dict[str, Any]] = {"apollo": {"apollo_rank": 3}}
-
-
-class Weights(nn.Module):
-    """Parameters under dotted names, without a forward."""
-
-    def __init__(self, params: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        for name, p in params.items():
-            module, attribute = name.split(".")
-            self.add_module(module, nn.Module()) if module not in self._modules else None
-            getattr(self, module).register_parameter(attribute, p)
 
 
 def weights(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:

@@ -10,21 +10,10 @@ from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from core.placements import layout_of
 from core.process_groups_config import ProcessGroupCollection
-from tests.sharding import whole_gradient
+from tests.sharding import Weights, whole_gradient
 
 SHAPES = {"0.weight": (16, 8), "1.weight": (8, 16), "2.weight": (16, 16), "3.bias": (16,)}
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"pp": 2, "tp": 2}, {"dp": 2, "tp": 2}, {"tp": 4}, {"pp": 2, "dp": 2}]
-
-
-class Weights(nn.Module):
-    """Parameters called as in SHAPES, without a forward."""
-
-    def __init__(self, params: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        for name, param in params.items():
-            module, attribute = name.split(".")
-            self.add_module(module, nn.Module()) if module not in self._modules else None
-            getattr(self, module).register_parameter(attribute, param)
 
 
 def part(world, axes, dtensor, gradients):

@@ -21,7 +21,8 @@ from core.optimizer.optimizer_config import OptimizerConfig
 from core.optimizer.trust_ratio import Lamb, Lars
 from core.process_groups_config import ProcessGroupCollection
 from core.random import Key, normal
-from tests.test_clip import LAYOUTS, Weights, gradients, part
+from tests.sharding import Weights
+from tests.test_clip import LAYOUTS, gradients, part
 
 SHAPES = [(5, 12), (12, 5), (7,), (3, 4, 5), ()]
 STEPS = 12

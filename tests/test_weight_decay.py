@@ -93,11 +93,16 @@ def test_muon_decays_as_the_librarys_own_class(method):
     wanted, theirs = make(
         lambda groups, **k: Muon(groups[0]["params"], **k, weight_decay_method=method), torch.float32, **kwargs
     )
+    check_alike((mine, optimizer), (wanted, theirs), rtol=1e-4, atol=1e-5)
+
+
+def check_alike(mine: Any, theirs: Any, *, rtol: float, atol: float) -> None:
+    """Parameters and optimizer, beside others: equal after some steps."""
     for at in range(STEPS):
-        step(mine, optimizer, at)
-        step(wanted, theirs, at)
-    for p, q in zip(mine, wanted, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        step(*mine, at)
+        step(*theirs, at)
+    for p, q in zip(mine[0], theirs[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("cls", [ScheduleFreeAdamW, ScheduleFreeSGD])
@@ -105,11 +110,7 @@ def test_muon_decays_as_the_librarys_own_class(method):
 def test_schedule_free_decays_both_of_its_sequences(cls, method, same):
     mine, optimizer = make(cls, torch.float64, weight_decay=DECAY, weight_decay_method=method)
     wanted, plain = make(cls, torch.float64, weight_decay=same)
-    for at in range(STEPS):
-        step(mine, optimizer, at)
-        step(wanted, plain, at)
-    for p, q in zip(mine, wanted, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    check_alike((mine, optimizer), (wanted, plain), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cls", [AdamWSR, AdafactorSR])

@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,7 @@ from ..optimizer import emerging_optimizers as ours
 from ..optimizer.settings import Setting
 from .checks import REPLACED, runs_flat
 from .registration import name_of, replace_muon
-from .seam import ARGUMENTS, CONFIG, seam
+from .seam import ARGUMENTS, CONFIG, around, seam
 from .settings import EXACT, PREFIX, SPLIT_HEADS, TP_MODE
 
 REPLACE = "--shardstep-replace-muon"
@@ -26,22 +24,18 @@ def extend_arguments() -> None:
     Raises:
         ImportError: when this Megatron has no such parser.
     """
-    parse, validate = seam(ARGUMENTS, "parse_args", "validate_args")
-    if hasattr(parse, "shardstep"):
-        return
+    around(ARGUMENTS, "parse_args", _parsed)
+    around(ARGUMENTS, "validate_args", _validated)
 
-    @functools.wraps(parse)
-    def with_ours(extra_args_provider: Provider | None = None, *rest: Any, **more: Any) -> argparse.Namespace:
-        # Ours come last, where a flag of the script's own that is called like one of ours is seen.
-        def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-            return add_arguments(extra_args_provider(parser) if extra_args_provider else parser)
 
-        args: argparse.Namespace = parse(extra, *rest, **more)
-        return args
+def _parsed(
+    parse: Callable[..., argparse.Namespace], extra_args_provider: Provider | None = None, *rest: Any, **more: Any
+) -> argparse.Namespace:
+    # Ours come last, where a flag of the script's own that is called like one of ours is seen.
+    def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return add_arguments(extra_args_provider(parser) if extra_args_provider else parser)
 
-    with_ours.shardstep = True  # type: ignore[attr-defined]
-    module: Any = sys.modules[ARGUMENTS]
-    module.parse_args, module.validate_args = with_ours, functools.partial(_validated, validate)
+    return parse(extra, *rest, **more)
 
 
 def _validated(validate: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any) -> Any:

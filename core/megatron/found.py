@@ -1,16 +1,14 @@
 """What a checkpoint of Megatron-Core's holds of an optimizer, against what this run keeps; looked at before anything is read."""
 
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from ..checkpoint.ranks import CheckpointError, Group, joined
 from .resume import HERE
-from .seam import LOADING, seam
+from .seam import LOADING, around, seam
 from .sharded_state import OWNERS_STEP
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
@@ -29,9 +27,7 @@ class Slot(NamedTuple):
 
 def check_before_loading() -> None:
     """Let Megatron-Core's ``load`` compare first, where one of ours is loaded. Again it does nothing new."""
-    (theirs,) = seam(LOADING, "load")
-    if not isinstance(theirs, partial):
-        sys.modules[LOADING].load = partial(_load, theirs)  # type: ignore[attr-defined]
+    around(LOADING, "load", _load)
 
 
 def _load(theirs: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:

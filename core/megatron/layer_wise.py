@@ -4,15 +4,13 @@ Megatron-Core keeps matrices that are no embeddings together, as its Muon wants 
 leave routers and position embeddings to Adam, whose buffers these would then not be in: nobody would step them.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 from torch import nn
 
 from .checks import steps_whole
-from .seam import LAYER_WISE, seam
+from .seam import LAYER_WISE, around
 from .settings import flags
 
 
@@ -22,19 +20,14 @@ def keep_together(name_of: Callable[[str], str | None]) -> None:
     Args:
         name_of: From a name that ``--optimizer`` takes to that in our registry; None for an optimizer that is not ours.
     """
-    (theirs,) = seam(LAYER_WISE, "tag_params_for_buffer_routing")
-    if hasattr(theirs, "shardstep"):
-        return
 
-    @wraps(theirs)
-    def with_ours(model_chunks: Sequence[nn.Module]) -> None:
+    def with_ours(theirs: Callable[..., None], model_chunks: Sequence[nn.Module]) -> None:
         theirs(model_chunks)
         name = name_of(str(flags().get("optimizer")))
         if name is not None:
             tag_whole(name, model_chunks)
 
-    with_ours.shardstep = True  # type: ignore[attr-defined]
-    sys.modules[LAYER_WISE].tag_params_for_buffer_routing = with_ours  # type: ignore[attr-defined]
+    around(LAYER_WISE, "tag_params_for_buffer_routing", with_ours)
 
 
 def tag_whole(name: str, model_chunks: Sequence[nn.Module]) -> None:

@@ -5,15 +5,13 @@ too where it has ``adam`` in it, and scale vectors instead for ``sgd``. Ours get
 those that orthogonalize, whatever they are called, what Muon gets: the size of their updates does not grow with the width.
 """
 
-import sys
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 
 from ..optimizer import emerging_optimizers as ours
-from .seam import FACTORY, seam
+from .seam import FACTORY, around
 
 
 def follow_width(name_of: Callable[[str], str | None]) -> None:
@@ -22,17 +20,12 @@ def follow_width(name_of: Callable[[str], str | None]) -> None:
     Args:
         name_of: From a name that ``--optimizer`` takes to that in our registry; None for an optimizer that is not ours.
     """
-    (theirs,) = seam(FACTORY, "get_mup_config_overrides")
-    if hasattr(theirs, "shardstep"):
-        return
 
-    @wraps(theirs)
-    def with_ours(config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
+    def with_ours(theirs: Callable[..., Any], config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
         name = name_of(optimizer_type)
         return theirs(config, mup_width_mult, optimizer_type if name is None else rule(name))
 
-    with_ours.shardstep = True  # type: ignore[attr-defined]
-    sys.modules[FACTORY].get_mup_config_overrides = with_ours  # type: ignore[attr-defined]
+    around(FACTORY, "get_mup_config_overrides", with_ours)
 
 
 def rule(name: str) -> str:

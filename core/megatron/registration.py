@@ -1,6 +1,5 @@
 """Entries of our registry in Megatron-Core's."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from .found import check_before_loading
 from .layer_wise import keep_together
 from .mup import follow_width
 from .resume import resume_across, resumes
-from .seam import CONFIG, FACTORY, REGISTRY, seam
+from .seam import CONFIG, FACTORY, REGISTRY, around, seam
 from .settings import PREFIX, Settings
 from .sharded_state import say_layouts, take_our_state
 from .tags import keep_attributes, tag
@@ -36,9 +35,7 @@ def register() -> None:
     check_before_loading()
     keep_together(name_of)
     follow_width(name_of)
-    (factory,) = seam(FACTORY, "_get_megatron_emerging_optimizer")
-    if not isinstance(factory, partial):
-        sys.modules[FACTORY]._get_megatron_emerging_optimizer = partial(_optimizer, factory)  # type: ignore[attr-defined]
+    around(FACTORY, "_get_megatron_emerging_optimizer", _optimizer)
     for name in ours.list_optimizers():
         registry[f"{PREFIX}{name}"] = _entry(name)
 

@@ -1,5 +1,8 @@
 """The names of Megatron-Core that this package holds on to, looked up in one place."""
 
+import sys
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +22,24 @@ LOADING = "megatron.core.dist_checkpointing"
 MAPPING = "megatron.core.dist_checkpointing.mapping"
 RUN_WITH = "megatron-core>=0.18,<0.20"
 """What pip would install. Before 0.18 there is no registry of optimizers to add to."""
+
+
+def around(module: str, name: str, ours: Callable[..., Any]) -> None:
+    """Let Megatron-Core call ``ours(theirs, ...)`` where it calls its function ``name``, ``theirs``. Again it does nothing new.
+
+    Raises:
+        ImportError: when there is no such function.
+    """
+    (theirs,) = seam(module, name)
+    if hasattr(theirs, "shardstep"):
+        return
+
+    @wraps(theirs)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return ours(theirs, *args, **kwargs)
+
+    function.shardstep = True  # type: ignore[attr-defined]
+    setattr(sys.modules[module], name, function)
 
 
 def seam(module: str, *names: str) -> list[Any]:

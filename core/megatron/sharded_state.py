@@ -4,7 +4,6 @@ Megatron-Core takes every state tensor for a shard like the parameter's. Row sta
 are on one rank only; here they are shown to it as boxes of their own whole, under the parameter's key.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint.boxes import cut
 from ..layout import Layout
-from .seam import CHECKPOINT, MAPPING, seam
+from .seam import CHECKPOINT, MAPPING, around, seam
 
 _LAYOUTS = "shardstep_layouts"
 """Attribute of a tensor in a ``state_dict``: where it lives, and where its parameter does."""
@@ -74,9 +73,7 @@ def _mark(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 def take_our_state() -> None:
     """Let Megatron-Core's checkpoints hold state of any shape. Again it does nothing new."""
-    (theirs,) = seam(CHECKPOINT, "make_sharded_optimizer_tensor")
-    if not isinstance(theirs, partial):
-        sys.modules[CHECKPOINT].make_sharded_optimizer_tensor = partial(_sharded, theirs)  # type: ignore[attr-defined]
+    around(CHECKPOINT, "make_sharded_optimizer_tensor", _sharded)
 
 
 def _sharded(theirs: Callable[..., Any], model_param: Any, optim_param: Tensor, prefix: str) -> Any:
