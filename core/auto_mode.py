@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from .cost_model import EXACT, WAVE, Cost, CostMode, Machine, Matrices, alone, elementwise, joint_link, predict
+from .cost_model import EXACT, Cost, CostMode, Machine, Matrices, alone, elementwise, joint_link, predict
 
 
 def choose(
-    matrices: Sequence[Matrices], machine: Machine, *, iterations: int = 5, wave: int = WAVE
+    matrices: Sequence[Matrices], machine: Machine, *, iterations: int = 5, wave: int | None = None
 ) -> list[tuple[CostMode, Cost]]:
     """The exact mode of each of ``matrices`` for which the step of all takes the least; ``owner`` where another is no better.
 
@@ -38,7 +38,7 @@ def _kind(some: Matrices) -> Matrices:
     return replace(some, count=1)
 
 
-def _modes(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> dict[Matrices, CostMode]:
+def _modes(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int | None) -> dict[Matrices, CostMode]:
     """By kind, for matrices that live on the same ranks."""
     counts: dict[Matrices, int] = {}
     for some in here:
@@ -60,7 +60,9 @@ def _modes(here: Sequence[Matrices], machine: Machine, iterations: int, wave: in
     return min(plans, key=total)
 
 
-def _mixed(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> list[dict[Matrices, CostMode]]:
+def _mixed(
+    kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int | None
+) -> list[dict[Matrices, CostMode]]:
     """Each kind as if there were no other; and owners for all but the largest, which leave while the step gets shorter."""
     largest_first = sorted(kinds, key=lambda some: -alone(some, machine, iterations))
     costs = [

@@ -12,15 +12,13 @@ from math import ceil
 from typing import Any, Literal
 
 from .dealing import deal, waves_of
+from .engine import wave_entries
 from .linalg.newton_schulz import flops
 from .linalg.work import Work, newton_schulz_work
 
 CostMode = Literal["owner", "team", "distributed", "duplicated", "blockwise"]
 EXACT: tuple[CostMode, ...] = ("owner", "team", "distributed", "duplicated")
 MODES: tuple[CostMode, ...] = (*EXACT, "blockwise")
-
-WAVE = 2**24
-"""Entries of whole matrices that a rank takes in per wave, unless one matrix is larger."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def predict(
     machine: Machine,
     *,
     iterations: int = 5,
-    wave: int = WAVE,
+    wave: int | None = None,
     state: float = 0.0,
 ) -> Cost:
     """A step of all ``matrices`` in ``mode``.
@@ -166,7 +164,7 @@ def predict(
         matrices: What one rank has shards of.
         machine: That rank's.
         iterations: Of Newton-Schulz.
-        wave: Entries that a rank takes in per wave in ``owner``.
+        wave: Entries that a rank takes in per wave; None for what the engine takes on such a device.
         state: Further bytes of memory traffic for each entry of a shard, as of a second moment.
     """
     domains: dict[tuple[int, int], list[Matrices]] = {}
@@ -174,6 +172,7 @@ def predict(
         if some.count:
             domains.setdefault((some.tp, some.copies), []).append(some)
     total = Cost()
+    wave = wave or wave_entries(machine.device)
     for here in domains.values():
         step: Cost = _MODES[mode](here, machine, iterations, wave)
         total += replace(step, compute=step.compute + sum(elementwise(some, machine, state) for some in here))
@@ -279,7 +278,7 @@ def _team(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int
     return _waves(here, machine, iterations, wave, team_size(here, machine, iterations=iterations, wave=wave))
 
 
-def team_size(matrices: Sequence[Matrices], machine: Machine, *, iterations: int = 5, wave: int = WAVE) -> int:
+def team_size(matrices: Sequence[Matrices], machine: Machine, *, iterations: int = 5, wave: int | None = None) -> int:
     """Ranks that work on a matrix together in ``team``: the power of two, from 2, with which a step takes the least.
 
     Args:
@@ -289,8 +288,9 @@ def team_size(matrices: Sequence[Matrices], machine: Machine, *, iterations: int
         All of the ranks where they are an odd number; 1 where there is only one.
     """
     ranks = matrices[0].tp * matrices[0].copies
+    entries = wave or wave_entries(machine.device)
     sizes: list[int] = [2**k for k in range(1, ranks.bit_length()) if ranks % 2**k == 0] or [ranks]
-    return min(sizes, key=lambda size: _waves(matrices, machine, iterations, wave, size).seconds)
+    return min(sizes, key=lambda size: _waves(matrices, machine, iterations, entries, size).seconds)
 
 
 def _waves(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int, size: int) -> Cost:

@@ -12,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import engine
-from .layout import Reduce, Rule
 from .optimizer.chained import ChainedOptimizer
 from .optimizer.clip import NonFiniteGradientError
-from .optimizer.sharded_optimizer import checks_ranks
 from .placements import local, local_gradient
 from .process_groups_config import Axis, Domain, ProcessGroupCollection
 
@@ -218,12 +216,8 @@ def _largest(values: Sequence[float], optimizer: ChainedOptimizer, asked: Domain
         return list(values)
     device = next((local(p).device for _, p, _ in optimizer.entries()), torch.device("cpu"))
     votes = torch.tensor(values, dtype=torch.float64, device=device)
-    found: list[float] = engine.run([("decision on the step", _max(votes, group))], check=checks_ranks())[0].tolist()
+    found: list[float] = engine.reduced("decision on the step", votes, "max", group)().tolist()
     return found
-
-
-def _max(x: Tensor, group: Any) -> Rule:
-    return (yield Reduce(x, "max", (group,)))
 
 
 def _everywhere(mine: list[str]) -> list[tuple[int, str]]:

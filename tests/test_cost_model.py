@@ -132,7 +132,7 @@ def check_collectives(ranks: int) -> None:
             makers = bench_cases.tensor_parallel(precision, dist.group.WORLD)
             for candidate in bench_cases.candidates(makers, benchmark, dist.group.WORLD, [bench_cases.OURS]):
                 mode = candidate.name.split()[-1]
-                predicted = predict(mode, some, UNIT, wave=engine.SMALLEST_WAVE["cpu"]).collectives
+                predicted = predict(mode, some, UNIT).collectives
                 assert predicted == count_collectives(candidate.optimizer), (precision, hidden, mode)
 
 

@@ -78,7 +78,9 @@ def test_a_reduction_of_two_kinds_and_dtypes(world, calls):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_ranks_that_differ_are_named(world):
+def test_ranks_that_differ_are_named(world, monkeypatch):
+    monkeypatch.setenv(engine.CHECK, "1")
+
     def rule(x, lay, more):
         yield lay.sum(x)
         if more:
@@ -86,8 +88,8 @@ def test_ranks_that_differ_are_named(world):
 
     x, lay = rows(world, torch.ones(4, 2))
     with pytest.raises(RuntimeError, match=r"the ranks of a group ask for different things.*decoder\.(weight|bias)"):
-        engine.run([(f"decoder.{'weight' if world.rank else 'bias'}", rule(x, lay, False))], check=True)
-    assert engine.run([("decoder.weight", rule(x, lay, True))], check=True) == [None]
+        engine.run([(f"decoder.{'weight' if world.rank else 'bias'}", rule(x, lay, False))])
+    assert engine.run([("decoder.weight", rule(x, lay, True))]) == [None]
 
 
 def test_the_dearest_matrices_are_dealt_first():
@@ -98,3 +100,39 @@ def test_the_dearest_matrices_are_dealt_first():
 
     works = [engine.Work("small", rule(3, 1.0), 1.0, 1), engine.Work("large", rule(1, 3.0), 3.0, 1)]
     assert engine.run(works) == [[1, 1, 1], [0]]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_every_way_into_the_engine_checks_when_asked(world, monkeypatch):
+    def rule(x, lay):
+        yield lay.sum(x)
+
+    monkeypatch.setenv(engine.CHECK, "1")
+    group, label = dist.group.WORLD, f"rank {world.rank}"
+    x, lay = rows(world, torch.ones(4, 2))
+    for ask in (
+        lambda: engine.run([(label, rule(x, lay))]),
+        lambda: engine.Run().finish([(label, rule(x, lay))]),
+        lambda: engine.reduced(label, torch.ones(()), "sum", group),
+    ):
+        with pytest.raises(RuntimeError, match="the ranks of a group ask for different things"):
+            ask()
+    assert float(engine.reduced("x", torch.ones(()), "sum", group)()) == world.size
+
+
+def test_a_switch_that_says_neither_is_refused(monkeypatch):
+    monkeypatch.setenv(engine.CHECK, "true")
+    with pytest.raises(ValueError, match="SHARDSTEP_CHECK is 'true', but must be 1"):
+        engine.run([])
+
+
+@pytest.mark.mpi(min_size=2)
+def test_collectives_are_told_to_a_listener(world):
+    told = []
+    engine.on_collective(told.append)
+    try:
+        engine.reduced("norm", torch.ones(()), "sum", dist.group.WORLD)()
+    finally:
+        engine.on_collective(None)
+    engine.reduced("other", torch.ones(()), "sum", dist.group.WORLD)()
+    assert told == ["norm"]

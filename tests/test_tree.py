@@ -18,10 +18,12 @@ MAX_LINES = 400
 
 # Files and folders of core/. Each may import what stands in the rows above its own.
 LAYERS = (
-    {"agreement", "process_groups_config", "ranges", "schedule"},
+    {"agreement", "engine_environment", "process_groups_config", "ranges", "schedule"},
     {"layout"},
-    {"dealing", "exchange", "kernels", "linalg", "on_matrix", "placements", "random"},
-    {"cost_model", "engine", "precision"},
+    {"dealing", "exchange", "linalg", "on_matrix", "placements", "random"},
+    {"engine_waves", "precision"},
+    {"engine"},
+    {"cost_model"},
     {"auto_mode", "machine", "state"},
     {"optimizer"},
     {"checkpoint", "faults"},
@@ -31,7 +33,7 @@ LAYERS = (
 LAYER = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 
 # Group set-up asks who is in which group, links are measured, a checkpoint is agreed on; the rest goes through the engine.
-MAY_COMMUNICATE = {"agreement", "engine", "exchange", "machine", "process_groups_config", "checkpoint"}
+MAY_COMMUNICATE = {"agreement", "engine_waves", "exchange", "machine", "process_groups_config", "checkpoint"}
 COMMUNICATION = re.compile(
     r"torch\.distributed\.(distributed_c10d\.)?"
     r"(all_|reduce|broadcast|gather|scatter|send|recv|isend|irecv|barrier|monitored_barrier|batch_isend_irecv"

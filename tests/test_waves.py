@@ -104,7 +104,7 @@ def test_no_more_than_three_waves_are_under_way_and_two_of_wide_entries(world, m
         for p in group["params"]:
             p.grad = torch.ones_like(p)
     alive, most = [0], [0]
-    post = engine._Wave._post
+    post = engine.Wave._post
 
     def counting(batch, start):
         finish = post(batch, start)
@@ -117,7 +117,7 @@ def test_no_more_than_three_waves_are_under_way_and_two_of_wide_entries(world, m
 
         return finished
 
-    monkeypatch.setattr(engine._Wave, "_post", staticmethod(counting))
+    monkeypatch.setattr(engine.Wave, "_post", staticmethod(counting))
     optimizer.step()
     assert most[0] == waves and not alive[0]
 

@@ -1,14 +1,12 @@
 """The optimizer step inside the pipeline's bubble: a stage steps when its own last backward is done, not when everybody's is."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from core import engine
 from core.faults import FaultError, Guard, Verdict
-from core.layout import Reduce, Rule
 from core.optimizer.chained import ChainedOptimizer
 from core.optimizer.clip import begin_norm, clip_factor
 from core.optimizer.speculative import SpeculativeStep
@@ -101,8 +99,4 @@ class BubbleStep:
         mine = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
         groups = self._optimizer.pg_collection
         group = groups.domain(tuple(groups.axis(name) for name in ("tp", "dp"))).group
-        return bool(engine.run([("gradients of the stage", _sum(mine, group))])[0].isfinite())
-
-
-def _sum(x: Tensor, group: Any) -> Rule:
-    return (yield Reduce(x, "sum", () if group is None else (group,)))
+        return bool(engine.reduced("gradients of the stage", mine, "sum", group)().isfinite())

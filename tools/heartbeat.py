@@ -96,11 +96,11 @@ class Heartbeat:
     def __enter__(self) -> Self:
         self._write()
         self._thread.start()
-        engine.watch = self._collective_for
+        engine.on_collective(self._collective_for)
         return self
 
     def __exit__(self, *_: object) -> None:
-        engine.watch = None
+        engine.on_collective(None)
         self._over = True
         self._news.set()
         self._thread.join()

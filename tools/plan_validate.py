@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from core.cost_model import CostMode, Machine, Matrices, predict
-from core.engine import SMALLEST_WAVE
 from core.machine import measure as measure_machine
 from core.process_groups_config import ProcessGroupCollection
 
@@ -106,7 +105,7 @@ def cuts_short(matrix: cases.Matrix) -> bool:
 def _rows(matrices: Sequence[Matrices], machine: Machine, measured: dict[str, float]) -> list[tuple[str, ...]]:
     predicted = {}
     for mode in COMPARED:
-        cost = predict(mode, matrices, machine, wave=SMALLEST_WAVE["cpu"])
+        cost = predict(mode, matrices, machine)
         predicted[mode] = cost.compute + cost.communication
     head = ("mode", "predicted CPU s", "measured", "off by", "predicted / owner", "measured / owner", "off by")
     rows: list[tuple[str, ...]] = [head]

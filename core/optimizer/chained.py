@@ -12,7 +12,7 @@ from .. import engine
 from ..placements import layout_of
 from ..process_groups_config import ProcessGroupCollection
 from .clip import Entry, clip_grad_norm_, clip_grad_value_
-from .sharded_optimizer import ShardedStep, checks_ranks, forget_gone, load_state
+from .sharded_optimizer import ShardedStep, forget_gone, load_state
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ChainedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         forget_gone(self)
-        finish_step(self.optimizers, engine.Run(check=checks_ranks()))
+        finish_step(self.optimizers, engine.Run())
         return loss
 
     def train(self) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import engine
 from ..engine import Work
-from ..layout import Layout, Reduce, Rule
+from ..layout import Layout
 from ..placements import is_expert, local, local_gradient
 from ..process_groups_config import Axis, Domain, ProcessGroupCollection, world_size
 from .checks import non_negative
-from .sharded_optimizer import ShardedStep, check_gradients, checks_ranks
+from .sharded_optimizer import ShardedStep, check_gradients
 from .weight_decay import METHOD, decay_first_
 
 Entry = tuple[str, Tensor, Layout]
@@ -115,9 +115,8 @@ def begin_norm(
     counted = [(p, g) for p, g, lay in with_gradient if _counts(p, lay, axes, groups)]
     squares = [_sum_of_squares(piece) for p, g in counted for piece in (value(p, g) if value else (g,))]
     mine = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=_device(entries))
-    norm = _sum(mine, domain.group)
-    arrive = engine.begin([("global norm", norm)], check=checks_ranks())
-    return lambda: arrive()[0].sqrt()
+    arrive = engine.reduced("global norm", mine, "sum", domain.group)
+    return lambda: arrive().sqrt()
 
 
 def norm_domain(entries: Sequence[Entry], groups: ProcessGroupCollection) -> Domain:
@@ -182,10 +181,6 @@ def _sum_of_squares(x: Tensor) -> Tensor:
         x = torch.stack([norm(piece.double()) for piece in x.reshape(-1).split(PIECE)])
     total: Tensor = norm(x, dtype=torch.float64)
     return total.square()
-
-
-def _sum(x: Tensor, group: Any) -> Rule:
-    return (yield Reduce(x, "sum", () if group is None else (group,)))
 
 
 def _axes(entries: Iterable[Entry], groups: ProcessGroupCollection) -> tuple[Axis, ...]:

@@ -12,7 +12,7 @@ from .. import engine
 from ..placements import check_gradient, local_gradient
 from .chained import ChainedOptimizer, finish_step
 from .clip import clip_factor
-from .sharded_optimizer import ShardedStep, checks_ranks
+from .sharded_optimizer import ShardedStep
 
 
 class EarlyStep:
@@ -64,7 +64,7 @@ class EarlyStep:
         queue = [item for member in self._members if isinstance(member, ShardedStep) for item in member.travelling()]
         # The order in which backward is done with them; the same on all ranks.
         self._queue = deque(sorted(queue, key=lambda item: -item.position))
-        self._run = engine.Run(check=checks_ranks(), entries=max((item.entries for item in queue), default=0))
+        self._run = engine.Run(entries=max((item.entries for item in queue), default=0))
         self._final: set[int] = set()
         params = [p for member in self._members for group in member.param_groups for p in group["params"]]
         self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in params if p.requires_grad]

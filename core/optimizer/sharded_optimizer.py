@@ -1,6 +1,5 @@
 """The one step loop: gradients into buckets, rules through the engine, updates onto the shards."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -17,14 +16,6 @@ from ..state import StateSpec, sizes
 from .buckets import Bucket, RuleFunction, bucket_size
 from .settings import constructor_arguments
 from .weight_decay import METHOD, check_method
-
-CHECK = "SHARDSTEP_CHECK"
-"""Environment variable: ``1`` makes every step compare what the ranks ask for before each collective."""
-
-
-def checks_ranks() -> bool:
-    """Whether the user asked for :data:`CHECK`."""
-    return os.environ.get(CHECK) == "1"
 
 
 def check_gradients(param_groups: list[dict[str, Any]]) -> None:
@@ -154,7 +145,7 @@ class ShardedStep:
             with torch.enable_grad():
                 loss = closure()
         forget_gone(self)
-        engine.run(self.updates(), check=checks_ranks())
+        engine.run(self.updates())
         return loss
 
     def updates(self) -> Iterator[engine.Work]:
