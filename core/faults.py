@@ -14,8 +14,8 @@ from torch import Tensor
 from . import engine
 from .optimizer.chained import ChainedOptimizer
 from .optimizer.clip import NonFiniteGradientError
-from .placements import local, local_gradient
 from .process_groups_config import Axis, Domain, ProcessGroupCollection
+from .sharding.parameter_layout import local, local_gradient
 
 NAMED = 3
 """Places that an error names; the others are counted."""

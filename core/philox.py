@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .sharding.layout import Layout
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -19,7 +19,7 @@ packages='import sysconfig; print(sysconfig.get_path("purelib"))'
 # Not with --no-deps: what the wheel asks for must be there.
 "$python" -m pip --python "$folder/env/bin/python" install --quiet --no-index "$folder"/*.whl
 
-cp tests/wheel_smoke.py "$folder"
+cp tests/support/wheel_smoke.py "$folder"
 cd "$folder"
 env/bin/python -I wheel_smoke.py
 # The wheel's path file brings our optimizers into Megatron-Core, when the environment asks for it.

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tests.mpi_ranks import ranks_of, under_mpiexec, under_torchrun
+from tests.support.mpi_ranks import ranks_of, under_mpiexec, under_torchrun
 
-pytest_plugins = ["tests.mpi_bridge"]
+pytest_plugins = ["tests.support.mpi_bridge"]
 
 # All ranks must draw the same examples, and a busy machine is not a failure.
 hypothesis.settings.register_profile("ranks", derandomize=True, database=None, deadline=None)

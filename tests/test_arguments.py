@@ -10,11 +10,11 @@ import torch
 from core.optimizer import emerging_optimizers
 from core.optimizer.emerging_optimizers import EmergingOptimizerEntry, get_optimizer, register_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
-from tools.arguments import FLAGS, Arguments, flag_of, parse_arguments, setting_flags
-from tools.resume import changed_flags
-from tools.rules import check_rules, optimizer_config
+from tools.pretrain.arguments import FLAGS, Arguments, flag_of, parse_arguments, setting_flags
+from tools.pretrain.param_rules import check_rules, optimizer_config
+from tools.pretrain.resume import changed_flags
+from tools.pretrain.validation import gpt_config
 from tools.usage import UsageError
-from tools.validation import gpt_config
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 

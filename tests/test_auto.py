@@ -7,10 +7,9 @@ import torch
 
 from core.linalg import autotune
 from core.linalg.autotune import cache_file
-from core.optimizer.muon import TensorParallelMuon
+from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
-
-from .sharding import CUTS, sharded, sharded_optimizer, unsharded
+from tests.support.sharding import CUTS, sharded, sharded_optimizer, unsharded
 
 # FLOP/s, memory B/s, link latency s, link B/s.
 SLOW_LINK = (1e12, 1e12, 1.0, 1e15)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from core.optimizer.emerging_optimizers import TensorParallelMuon, get_optimizer
-from tools.arguments import parse_arguments
-from tools.launch import Launch, Machine
-from tools.model import GPT
-from tools.rules import build_optimizer, check_rules
+from tools.pretrain.arguments import parse_arguments
+from tools.pretrain.launch import Launch, Machine
+from tools.pretrain.model import GPT
+from tools.pretrain.param_rules import build_optimizer, check_rules
+from tools.pretrain.validation import check_device, gpt_config, validate
 from tools.usage import UsageError
-from tools.validation import check_device, gpt_config, validate
 
 ROOT = Path(__file__).parents[1]
 CPU = Machine()
@@ -145,7 +145,7 @@ def test_a_matrix_that_no_optimizer_has_is_named(monkeypatch):
         optimizer.assignments = lambda: [a for a in known if a.name != lost]
         return optimizer
 
-    monkeypatch.setattr("tools.rules.get_optimizer", forgetful)
+    monkeypatch.setattr("tools.pretrain.param_rules.get_optimizer", forgetful)
     assert_refused(f"{re.escape(lost)} is left without an optimizer", build_optimizer, args, [model])
 
 

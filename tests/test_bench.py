@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core.optimizer.muon import TensorParallelMuon
+from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
-from tools import bench, bench_cases
-from tools.bench_measure import count_collectives
+from tools.bench import cases as bench_cases
+from tools.bench import command as bench
+from tools.bench.measure import count_collectives
 
 MODES = {"duplicated": 1, "distributed": 4, "owner": 4, "blockwise": 0}
 """The most collectives that a step may take."""

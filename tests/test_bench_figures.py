@@ -4,10 +4,10 @@ from dataclasses import asdict
 
 import pytest
 
-from tools import bench_virtual
-from tools.bench_figures import DISTRIBUTED, DUPLICATED, FIGURES, figures_table
-from tools.bench_measure import Result
-from tools.bench_tables import markdown, rows, virtual_rows
+from tools.bench import virtual as bench_virtual
+from tools.bench.figures import DISTRIBUTED, DUPLICATED, FIGURES, figures_table
+from tools.bench.measure import Result
+from tools.bench.tables import markdown, rows, virtual_rows
 
 
 def result(name: str, cpu: float, *, wall: float = 1.0, error: float = 1e-2, adamw: float | None = None) -> Result:

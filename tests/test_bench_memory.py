@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tools import bench_memory
-from tools.bench_memory import Memory
+from tools.bench import memory as bench_memory
+from tools.bench.memory import Memory
 
 MB = 1_000_000
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tools import bench, bench_virtual
-from tools.bench_cases import Candidate
+from tools.bench import command as bench
+from tools.bench import virtual as bench_virtual
+from tools.bench.cases import Candidate
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,13 +8,13 @@ import torch
 from core.faults import FaultError, Guard
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
-from core.optimizer.speculative import SpeculativeStep
-from core.placements import local
+from core.optimizer.speculative_step import SpeculativeStep
 from core.process_groups_config import ProcessGroupCollection
+from core.sharding.parameter_layout import local
 from tests.test_parallel import TIED, UNTIED, batch, build, parameters
-from tools.bubble import BubbleStep
-from tools.parallel import AXES
-from tools.plot_timeline import CHUNKS, Span, shares
+from tools.plot.timeline import CHUNKS, Span, shares
+from tools.pretrain.bubble_step import BubbleStep
+from tools.pretrain.parallel import AXES
 
 CLIPS = {"off": 0.0, "never bites": 100.0, "always bites": 0.1, "bites now and then": 1.2}
 

@@ -9,7 +9,7 @@ import torch
 
 from core.checkpoint import load, save
 from core.checkpoint.reader import SafeReader
-from tests.small_run import Cut, Run, differing, read_plainly, shared
+from tests.support.small_run import Cut, Run, differing, read_plainly, shared
 
 CUTS = {
     2: {"copies": Cut(dp=2), "tp2": Cut(tp=2), "dtensor": Cut(tp=2, dtensor=True), "pp2": Cut(pp=2)},

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from core.checkpoint import CheckpointError, load, sums
+from core.checkpoint import CheckpointError, load
+from core.checkpoint import digests as sums
 from core.checkpoint.directory import TRACKER
 from core.checkpoint.manifest import FORMAT, NAME
 from core.checkpoint.reader import SafeReader

@@ -15,11 +15,11 @@ from core.checkpoint import CheckpointError, latest_step, load, save
 from core.checkpoint.boxes import Boxes, cut
 from core.checkpoint.directory import TRACKER
 from core.checkpoint.manifest import NAME
-from core.layout import Layout, Split
-from core.optimizer.adam import AdamW
-from core.optimizer.sgd import SGD
+from core.optimizer.rules.adam import AdamW
+from core.optimizer.rules.sgd import SGD
 from core.process_groups_config import Axis
-from tests.small_run import Run, read_plainly, shared
+from core.sharding.layout import Layout, Split
+from tests.support.small_run import Run, read_plainly, shared
 from tests.test_checkpoint import CUTS
 
 

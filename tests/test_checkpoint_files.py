@@ -18,8 +18,8 @@ from torch import nn
 
 from core.checkpoint import Background, CheckpointError, load, save
 from core.checkpoint.directory import TRACKER
-from core.optimizer.adam import AdamW
-from tests.small_run import noise
+from core.optimizer.rules.adam import AdamW
+from tests.support.small_run import noise
 
 STEPS = (1, 2, 3)
 NEWEST = "iter_0000003"

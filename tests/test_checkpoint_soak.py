@@ -7,8 +7,8 @@ from statistics import median
 
 import pytest
 
-from tests.processes import on_ranks, train
-from tools import pretrain
+from tests.support.processes import on_ranks, train
+from tools.pretrain import job as pretrain
 
 STEPS, SAVES = 500, 50
 SETTLED, WINDOW = 100, 50

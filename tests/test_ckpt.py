@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.checkpoint import save, sums
+from core.checkpoint import digests as sums
+from core.checkpoint import save
 from core.checkpoint.directory import TRACKER
 from core.checkpoint.manifest import NAME
 from core.checkpoint.reader import SafeReader
-from core.optimizer.adam import AdamW
-from tests.checkpoints import STEP, flip, same, saved, trained
-from tests.small_run import Cut, Run, noise, shared
-from tools import ckpt, ckpt_write
+from core.optimizer.rules.adam import AdamW
+from tests.support.checkpoints import STEP, flip, same, saved, trained
+from tests.support.small_run import Cut, Run, noise, shared
+from tools.ckpt import command as ckpt
+from tools.ckpt import writer as ckpt_write
 
 
 def test_inspect_says_what_there_is(tmp_path, capsys):

@@ -19,15 +19,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from core.checkpoint import load, save
 from core.checkpoint.manifest import NAME
 from core.checkpoint.saving import COMMON
-from core.optimizer.adam import AdamW
 from core.optimizer.chained import ChainedOptimizer
-from core.optimizer.muon import TensorParallelMuon
+from core.optimizer.rules.adam import AdamW
+from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
-from tests.checkpoints import Malice, put
-from tests.megatron_ranks import JOBS, RANKS
-from tests.small_run import differing, module_at
-from tools import ckpt
-from tools.ckpt_source import harmless, safe_reader
+from tests.megatron.ranks import JOBS, RANKS
+from tests.support.checkpoints import Malice, put
+from tests.support.small_run import differing, module_at
+from tools.ckpt import command as ckpt
+from tools.ckpt.source import harmless, safe_reader
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 300
@@ -63,7 +63,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
 
 
 def start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.megatron_ranks", str(rank), str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.megatron.ranks", str(rank), str(folder)]
     with (folder / f"{rank}.log").open("w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 

@@ -15,14 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 from torch.distributed.checkpoint import metadata
 
-from core.checkpoint import save, sums
+from core.checkpoint import digests as sums
+from core.checkpoint import save
 from core.checkpoint.contents import base_of
 from core.checkpoint.directory import TRACKER
 from core.checkpoint.manifest import NAME
 from core.checkpoint.saving import COMMON
-from core.optimizer.adam import AdamW
-from tests.checkpoints import STEP, Malice, put, saved, seal, sign
-from tools import ckpt
+from core.optimizer.rules.adam import AdamW
+from tests.support.checkpoints import STEP, Malice, put, saved, seal, sign
+from tools.ckpt import command as ckpt
 
 
 def malicious_metadata(folder: Path) -> None:

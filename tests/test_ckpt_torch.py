@@ -13,12 +13,12 @@ from torch import nn
 
 from core.checkpoint import load
 from core.checkpoint.manifest import NAME
-from core.optimizer.adam import AdamW
-from core.optimizer.muon import TensorParallelMuon
-from core.optimizer.sgd import SGD
-from tests.checkpoints import model, same, saved, state, train, trained
-from tests.small_run import differing
-from tools import ckpt
+from core.optimizer.rules.adam import AdamW
+from core.optimizer.rules.sgd import SGD
+from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
+from tests.support.checkpoints import model, same, saved, state, train, trained
+from tests.support.small_run import differing
+from tools.ckpt import command as ckpt
 
 
 @pytest.mark.parametrize("named", [True, False])

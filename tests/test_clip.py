@@ -8,9 +8,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from core.optimizer.clip import NonFiniteGradientError, clip_grad_norm_
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
-from core.placements import layout_of
 from core.process_groups_config import ProcessGroupCollection
-from tests.sharding import Weights, whole_gradient
+from core.sharding.parameter_layout import layout_of
+from tests.support.sharding import Weights, whole_gradient
 
 SHAPES = {"0.weight": (16, 8), "1.weight": (8, 16), "2.weight": (16, 16), "3.bias": (16,)}
 LAYOUTS = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"pp": 2, "tp": 2}, {"dp": 2, "tp": 2}, {"tp": 4}, {"pp": 2, "dp": 2}]

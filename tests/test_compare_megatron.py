@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed: bash scripts/bootstrap.sh megatron")
 
-from tools import compare_megatron
-from tools.compare_megatron_cases import CASES
-from tools.compare_megatron_measure import errors
+from tools.compare_megatron import command as compare_megatron
+from tools.compare_megatron.cases import CASES
+from tools.compare_megatron.measure import errors
 
 ROOT = Path(__file__).parents[1]
 EXACT = 1e-5

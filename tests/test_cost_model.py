@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from core import engine
-from core.auto_mode import choose
-from core.cost_model import EXACT, MODES, Link, Machine, Matrices, predict, team_size
-from core.dealing import deal, waves_of
-from core.layout import Layout
+from core.cost.cheapest import choose
+from core.cost.dealing import deal, waves_of
+from core.cost.measure import measure
+from core.cost.model import EXACT, MODES, Link, Machine, Matrices, predict, team_size
+from core.linalg.matmul_precision import matmul_precision
 from core.linalg.newton_schulz import coefficients, newton_schulz
-from core.linalg.precision import matmul_precision
-from core.linalg.work import flops
-from core.machine import measure
+from core.linalg.newton_schulz_cost import flops
 from core.process_groups_config import ProcessGroupCollection
-from tools import bench_cases
-from tools.bench_measure import count_collectives
-from tools.plan_validate import cuts_short
+from core.sharding.layout import Layout
+from tools.bench import cases as bench_cases
+from tools.bench.measure import count_collectives
+from tools.plan.validate import cuts_short
 
 # One operation and one byte of the link a second; memory takes no time, and a collective no more than its bytes.
 UNIT = Machine(1.0, inf, Link(0.0, 1.0), device="cpu")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.data import EOD, Corpus, DataError, load_corpus, python_corpus, split_samples
+from tools.pretrain.data import EOD, Corpus, DataError, load_corpus, python_corpus, split_samples
 
 
 def row(n: int) -> Corpus:

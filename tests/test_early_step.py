@@ -6,12 +6,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core import engine
-from core.optimizer import buckets
-from core.optimizer.adam import AdamW
 from core.optimizer.chained import ChainedOptimizer
-from core.optimizer.early import EarlyStep
-from core.optimizer.muon import TensorParallelMuon
-from core.optimizer.sign import Lion
+from core.optimizer.early_step import EarlyStep
+from core.optimizer.rules.adam import AdamW
+from core.optimizer.rules.lion import Lion
+from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
+from core.optimizer.steps import stacked as buckets
 from core.process_groups_config import ProcessGroupCollection
 
 

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core import engine
-from core.layout import Deal, Layout, Split
 from core.process_groups_config import Domain, ProcessGroupCollection
+from core.sharding.layout import Deal, Layout, Split
 
 
 def rows(world, whole: Tensor) -> tuple[Tensor, Layout]:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from core.checkpoint import latest_step
-from tools import pretrain
-from tools.arguments import parse_arguments
-from tools.exits import SIGNALS, Exits
-from tools.launch import Launch, Machine
-from tools.parallel import Engine
-from tools.report import Record, read_log
+from tools.pretrain import job as pretrain
+from tools.pretrain.arguments import parse_arguments
+from tools.pretrain.exits import SIGNALS, Exits
+from tools.pretrain.launch import Launch, Machine
+from tools.pretrain.parallel import Engine
+from tools.pretrain.report import Record, read_log
+from tools.pretrain.validation import validate
 from tools.usage import UsageError
-from tools.validation import validate
 
 TINY = (
     "--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --seed 3 --micro-batch-size 1 --global-batch-size 4 "

@@ -13,7 +13,7 @@ from core.optimizer.chained import ChainedOptimizer
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from core.process_groups_config import ProcessGroupCollection
-from tests.sharding import Weights
+from tests.support.sharding import Weights
 
 SHAPES = {"0.weight": (16, 8), "1.weight": (8, 16), "2.weight": (16, 16), "3.bias": (16,)}
 STAGES = ({"0.weight", "2.weight"}, {"1.weight", "3.bias"})

@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
-from core.placements import layout_of, local
 from core.process_groups_config import ProcessGroupCollection
+from core.sharding.parameter_layout import layout_of, local
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 WHOLE = StateDictOptions(full_state_dict=True)

@@ -9,13 +9,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from core.optimizer import emerging_optimizers as registry
-from core.optimizer.builders import OptimizerBuilder, RegistryBuilder, make_transformation, register_optimizer
 from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
-from core.optimizer.functional import FunctionalOptimizer, OptimizerState
+from core.optimizer.functional.as_functions import FunctionalOptimizer, OptimizerState
+from core.optimizer.functional.builders import (
+    OptimizerBuilder,
+    RegistryBuilder,
+    make_transformation,
+    register_optimizer,
+)
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
-from core.optimizer.sign import Lion
+from core.optimizer.rules.lion import Lion
 from core.process_groups_config import ProcessGroupCollection
-from tests.stepped import LR, SHAPES, Stepped, check_equal, configured, gradients, schedule, weights
+from tests.support.stepped import LR, SHAPES, Stepped, check_equal, configured, gradients, schedule, weights
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "soap", "lamb"])

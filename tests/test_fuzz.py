@@ -14,8 +14,8 @@ from torch import nn
 from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
 from core.optimizer.optimizer_config import OptimizerConfig
 from tests.test_bad_input import check
-from tools.arguments import FLAGS, flag_of, parse_arguments
-from tools.rules import parse_rule
+from tools.pretrain.arguments import FLAGS, flag_of, parse_arguments
+from tools.pretrain.param_rules import parse_rule
 from tools.usage import UsageError
 
 FAST, MANY = 60, 2000

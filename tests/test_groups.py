@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
-from core.optimizer.library import on_whole_tensors
 from core.optimizer.memory import memory_report
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
+from core.optimizer.steps.torch_class import on_whole_tensors
 from core.process_groups_config import ProcessGroupCollection
 
 NAMES = list_optimizers()

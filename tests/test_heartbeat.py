@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tools.heartbeat import Beat, Heartbeat, LostRankError, meet
-from tools.parallel import Engine
+from tools.pretrain.heartbeat import Beat, Heartbeat, LostRankError, meet
+from tools.pretrain.parallel import Engine
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
@@ -39,7 +39,7 @@ def job(fault: str, tmp_path: Path, text: Path, minutes: float) -> str:
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "tests.faulty_job", fault, str(mark), *FLAGS, "--data-path", str(text)]
+    command = [sys.executable, "-m", "tests.support.faulty_job", fault, str(mark), *FLAGS, "--data-path", str(text)]
     command += ["--distributed-timeout-minutes", str(minutes)]
     faulty = int(fault.split(":")[2])
     ranks = [
@@ -69,7 +69,7 @@ def test_a_rank_that_sleeps(tmp_path, text):
     stuck = (
         r"rank 1 is stuck in step 3, forward, at decoder\.layers\.0\.self_attention\.linear_proj, tests/faulty_job\.py"
     )
-    waits = r"Waiting for it: rank 0 in step 3, forward, at decoder\.layers\.\d\.\S+, tools/model\.py:\d+ in forward"
+    waits = r"Waiting for it: rank 0 in step 3, forward, at decoder\.layers\.\d\.\S+, tools/pretrain/model\.py:\d+ in forward"
     assert re.search(f"pretrain: error: {stuck}.*{waits}.*--distributed-timeout-minutes 0.1", said), said
 
 
@@ -82,7 +82,7 @@ def test_a_rank_that_exits(tmp_path, text, rank):
         0: r"rank 0 is gone, and with it the store: it was last heard of at step 3, optimizer",
         1: r"rank 1 does not answer \(dead, or stopped\): it was last heard of in step 3, optimizer",
     }[rank]
-    waits = rf"[Rr]ank {1 - rank}.* in step 3, optimizer, at decoder\.[\w.]+\.weight, core/\w+\.py:\d+ in \w+"
+    waits = rf"[Rr]ank {1 - rank}.* in step 3, optimizer, at decoder\.[\w.]+\.weight, core/[\w/]+\.py:\d+ in \w+"
     assert re.search(f"pretrain: error: {gone}.*{waits}", said), said
 
 

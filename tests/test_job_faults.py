@@ -8,8 +8,8 @@ import torch
 
 from core.checkpoint import latest_step
 from tests.test_exits import both, job  # noqa: F401
-from tools.parallel import Engine
-from tools.pretrain import Job
+from tools.pretrain.job import Job
+from tools.pretrain.parallel import Engine
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.optimizer.emerging_optimizers import _entry, list_optimizers
-from tests.sharding import CUTS, REQUIRED, sharded, unsharded
+from tests.support.sharding import CUTS, REQUIRED, sharded, unsharded
 
 STEPS = 10
 VARIANTS: dict[str, list[dict[str, Any]]] = {

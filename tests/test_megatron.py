@@ -45,7 +45,7 @@ def test_muon_can_be_replaced(parser, monkeypatch):
     from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
 
     from core.megatron.flags import add_arguments
-    from core.optimizer.muon import TensorParallelMuon
+    from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 
     for name in ("muon", "adaptive_muon"):
         monkeypatch.setitem(_EMERGING_OPTIMIZERS, name, _EMERGING_OPTIMIZERS[name])
@@ -203,7 +203,7 @@ def test_what_would_step_wrongly_is_refused(settings, words):
 
 
 def test_a_version_without_the_registry_is_refused(monkeypatch):
-    from core.megatron import seam
+    from core.megatron import upstream as seam
 
     with pytest.raises(ImportError, match=r"Megatron-Core 0\.19\.2 has no .*emerging_optimizers with _NO_SUCH_NAME"):
         seam.seam(seam.REGISTRY, "_NO_SUCH_NAME")

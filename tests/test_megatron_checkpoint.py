@@ -10,10 +10,10 @@ import torch
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed: bash scripts/bootstrap.sh megatron")
 
 from core.optimizer.emerging_optimizers import list_optimizers
-from core.optimizer.kronecker import Soap
-from tests.programs import rows_of
-from tests.small_run import differing
-from tools.ckpt_source import safe_reader
+from core.optimizer.rules.shampoo_soap import Soap
+from tests.support.programs import rows_of
+from tests.support.small_run import differing
+from tools.ckpt.source import safe_reader
 
 PATIENCE_S = 300
 
@@ -22,7 +22,7 @@ def play(folder: Path, runs: dict[str, dict[str, Any]], ranks: int = 2) -> dict[
     """What came of each run, of one program of several ranks."""
     given = [str(ranks), str(folder / "store"), json.dumps(runs)]
     each = [[str(rank), *given] for rank in range(ranks)]
-    return {row["name"]: row for row in rows_of("tests.megatron_checkpoints", folder, each, PATIENCE_S)}
+    return {row["name"]: row for row in rows_of("tests.megatron.checkpoints", folder, each, PATIENCE_S)}
 
 
 def state_of(step: Path) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed: bash scripts/bootstrap.sh megatron")
 
-from tests.megatron_flat import FlatCase, as_json
-from tests.programs import rows_of
+from tests.megatron.flat import FlatCase, as_json
+from tests.support.programs import rows_of
 
 ADAMW, LAMB, MUON = "shardstep_adamw", "shardstep_lamb", "shardstep_muon"
 
@@ -21,7 +21,7 @@ def run(folder: Path, cases: Mapping[str, FlatCase], ranks: int, *, saves: bool 
     """What came of each case in one program of several ranks."""
     given = [str(ranks), str(folder), as_json(cases)]
     each = [[*given, str(rank)] for rank in range(ranks)] if saves else [given]
-    return {row["name"]: row for row in rows_of("tests.megatron_flat", folder, each, 250)}
+    return {row["name"]: row for row in rows_of("tests.megatron.flat", folder, each, 250)}
 
 
 def flat(case: FlatCase, like: str, **changes: Any) -> FlatCase:
@@ -69,7 +69,7 @@ def test_every_elementwise_optimizer_runs_on_ranges(tmp_path):
 
 
 def test_no_elementwise_optimizer_is_forgotten():
-    from core.megatron.checks import _NEEDS_MORE, runs_flat
+    from core.megatron.refusals import _NEEDS_MORE, runs_flat
     from core.optimizer.emerging_optimizers import list_optimizers
 
     found = {f"shardstep_{name}" for name in list_optimizers() if name not in _NEEDS_MORE and runs_flat(name)}
@@ -204,7 +204,7 @@ LAYER_WISE = {"use_layer_wise_distributed_optimizer": True, "bf16": True}
 def test_what_would_step_wrongly_is_refused(settings, chunks, words):
     from megatron.core.optimizer import OptimizerConfig
 
-    from core.megatron.checks import check
+    from core.megatron.refusals import check
 
     given: Any = OptimizerConfig(optimizer=ADAMW, lr=0.1)
     for name, value in settings.items():  # as a script may set them, behind the back of Megatron-Core's own checks
@@ -227,7 +227,7 @@ def test_their_own_muon_may_not_be_cut_either():
 def test_rows_of_gathered_weights_are_no_matrices():
     from megatron.core.optimizer import OptimizerConfig
 
-    from core.megatron.checks import check
+    from core.megatron.refusals import check
 
     groups = SimpleNamespace(gtp_remat=SimpleNamespace(size=lambda: 2))
     with pytest.raises(ValueError, match="2 ranks of gtp_remat hold rows of each weight"):

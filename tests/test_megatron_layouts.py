@@ -7,14 +7,14 @@ import pytest
 
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed: bash scripts/bootstrap.sh megatron")
 
-from tests.megatron_cases import CASES, MORE_CASES, RANKS, Outcome
-from tests.programs import rows_of
+from tests.megatron.cases import CASES, MORE_CASES, RANKS, Outcome
+from tests.support.programs import rows_of
 
 
 def train(folder: Path, names: list[str], *, seconds: int) -> dict[str, Outcome]:
     """What came of each case, the same on all ranks of the one program that trains them."""
     store, chosen = str(folder / "store"), json.dumps(names)
-    rows = rows_of("tests.megatron_gpt", folder, [[str(rank), store, chosen] for rank in range(RANKS)], seconds)
+    rows = rows_of("tests.megatron.gpt", folder, [[str(rank), store, chosen] for rank in range(RANKS)], seconds)
     found = {row["name"]: [Outcome(*rank) for rank in row["ranks"]] for row in rows}
     for name, (first, *others) in found.items():
         assert all((rank.losses, rank.norms) == (first.losses, first.norms) for rank in others), name

@@ -16,7 +16,7 @@ CONFIG: dict[str, Any] = {"num_attention_heads": 4, "num_query_groups": 2, "kv_c
 
 def tagged(name: str, rows: int, *, split_heads: bool = False, settings: Any = (), said: Any = ()) -> Any:
     """The weight called ``name``, of ``rows`` rows, after :func:`tag`."""
-    from core.megatron.tags import tag
+    from core.megatron.parameter_tags import tag
 
     *path, leaf = name.split(".")
     chunk = module = nn.Module()
@@ -69,7 +69,7 @@ def test_what_a_parameter_says_of_itself_stays():
 
 
 def test_experts_in_one_parameter_are_refused():
-    from core.megatron.checks import check
+    from core.megatron.refusals import check
 
     chunk = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": nn.ParameterDict({"weight": torch.ones(2, 4, 4)})})})
     given: Any = SimpleNamespace(

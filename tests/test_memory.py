@@ -7,8 +7,8 @@ import torch
 
 from core.optimizer.emerging_optimizers import OptimizerConfig, _entry, get_optimizer, list_optimizers
 from core.optimizer.memory import memory_report
-from core.optimizer.whole import WholeStep
-from tests.sharding import CUTS, sharded_optimizer
+from core.optimizer.steps.whole_tensor import WholeStep
+from tests.support.sharding import CUTS, sharded_optimizer
 
 
 def linear() -> torch.nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.model import GPT, GPTConfig, Stage, build_gpt, pipeline_stages, tag_parameters
+from tools.pretrain.model import GPT, GPTConfig, Stage, build_gpt, pipeline_stages, tag_parameters
 from tools.usage import UsageError
 
 SMALL = GPTConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=48, seq_length=16)

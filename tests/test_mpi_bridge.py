@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-CONFTEST = 'pytest_plugins = ["pytest_mpi", "pytest_timeout", "tests.mpi_bridge"]\n'
+CONFTEST = 'pytest_plugins = ["pytest_mpi", "pytest_timeout", "tests.support.mpi_bridge"]\n'
 
 FAULTS = """
 import os, time

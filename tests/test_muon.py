@@ -12,7 +12,6 @@ from emerging_optimizers.utils import fp32_matmul_precision
 from torch import Tensor
 
 from core import engine
-from core.layout import Layout
 from core.linalg.newton_schulz import coefficients, newton_schulz
 from core.linalg.products import product, symmetric_product
 from core.optimizer.emerging_optimizers import (
@@ -20,8 +19,9 @@ from core.optimizer.emerging_optimizers import (
     TensorParallelMuon,
     get_supported_coefficient_types,
 )
-from tests.sharding import CUTS, SHAPES, sharded, unsharded, whole_gradient, whole_parameters
-from tests.sharding import train as train_cut
+from core.sharding.layout import Layout
+from tests.support.sharding import CUTS, SHAPES, sharded, unsharded, whole_gradient, whole_parameters
+from tests.support.sharding import train as train_cut
 
 METHODS = ("adamuon", "normuon", "namo")
 SETS = [name for name in get_supported_coefficient_types() if name != "custom"]

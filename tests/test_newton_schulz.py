@@ -10,12 +10,12 @@ from emerging_optimizers.utils import fp32_matmul_precision
 from torch import Tensor
 
 from core import engine
-from core.layout import Layout, Split
 from core.linalg.iteration import iterate
+from core.linalg.matmul_precision import matmul_precision
 from core.linalg.newton_schulz import coefficients, newton_schulz
-from core.linalg.precision import matmul_precision
 from core.linalg.variants import Variant, fine_restarts, variant_for, variants_for
 from core.process_groups_config import Axis
+from core.sharding.layout import Layout, Split
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

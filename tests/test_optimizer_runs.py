@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from core import checkpoint
-from core.optimizer.sophia import Sophia
+from core.optimizer.rules.sophia import Sophia
 from tests.test_parallel import TIED, UNTIED, Engine, batch, build, parameters, whole
 from tools import optimizer_runs
 from tools.check_layouts import Layout, largest_difference, train
-from tools.launch import Launch
-from tools.parallel import _pick
-from tools.pretrain import Job, prepare
-from tools.report import Record, read_log
+from tools.pretrain.job import Job, prepare
+from tools.pretrain.launch import Launch
+from tools.pretrain.parallel import _pick
+from tools.pretrain.report import Record, read_log
 
 TINY = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --seed 3 --micro-batch-size 1 "

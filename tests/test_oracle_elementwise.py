@@ -11,14 +11,14 @@ import schedulefree
 import torch
 from torch import Tensor
 
-from core.optimizer import elementwise
-from core.optimizer.adam import Adam, AdamW, RAdam
-from core.optimizer.ademamix import AdEMAMix
-from core.optimizer.rmsprop import RMSprop
-from core.optimizer.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
-from core.optimizer.sgd import SGD
-from core.optimizer.sign import Lion
-from core.optimizer.sophia import Sophia
+from core.optimizer.rules.adam import Adam, AdamW, RAdam
+from core.optimizer.rules.ademamix import AdEMAMix
+from core.optimizer.rules.lion import Lion
+from core.optimizer.rules.rmsprop import RMSprop
+from core.optimizer.rules.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from core.optimizer.rules.sgd import SGD
+from core.optimizer.rules.sophia import Sophia
+from core.optimizer.steps import elementwise
 
 STEPS = 12
 LR = 0.03

@@ -10,11 +10,11 @@ from pytorch_optimizer import CAME
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from core.layout import Layout, Split
-from core.optimizer.adafactor import Adafactor, AdafactorSR
-from core.optimizer.came import Came
+from core.optimizer.rules.adafactor import Adafactor, AdafactorSR
+from core.optimizer.rules.came import Came
 from core.process_groups_config import Axis
-from core.state import StateSpec
+from core.sharding.layout import Layout, Split
+from core.sharding.state import StateSpec
 
 STEPS = 12
 SHAPES = ((6, 20), (20, 6), (9, 9), (13,), (), (3, 5, 8), (4, 2, 7, 3), (8, 5, 2))
@@ -212,7 +212,7 @@ def test_zero_gradients_and_zero_rows_give_numbers(make, shape, dtype):
 def test_blocks_do_not_change_the_step(make, monkeypatch):
     shapes = ((6, 20), (3, 5, 8), (13,), (2, 7, 3, 4))
     whole = [run(make, shape) for shape in shapes]
-    monkeypatch.setattr("core.optimizer.factored.BLOCK", {"cpu": 17})
+    monkeypatch.setattr("core.optimizer.rules.parts.factored.BLOCK", {"cpu": 17})
     for shape, expected in zip(shapes, whole, strict=True):
         assert_same(run(make, shape), expected)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.linalg.roots import inverse_root
-from core.optimizer.kronecker import Shampoo, Soap
+from core.optimizer.rules.shampoo_soap import Shampoo, Soap
 
 STEPS = 12
 SHAPES = [(6, 9), (9, 6), (8, 8), (1, 5)]

@@ -13,10 +13,10 @@ from emerging_optimizers.utils import SinkhornMapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from core.optimizer.emerging_library import LIBRARY
 from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
-from core.optimizer.library import noise_seed, on_whole_tensors
 from core.optimizer.optimizer_config import OptimizerConfig
+from core.optimizer.rules.emerging_library import LIBRARY
+from core.optimizer.steps.torch_class import noise_seed, on_whole_tensors
 
 STEPS = 12
 SHAPES = ((24, 40), (40, 24), (16, 16))

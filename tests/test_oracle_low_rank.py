@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from core.layout import Layout
 from core.optimizer.emerging_optimizers import get_optimizer
-from core.optimizer.low_rank import Apollo, ApolloMini
 from core.optimizer.optimizer_config import OptimizerConfig
-from core.optimizer.projectors import _orthonormal, draw
-from core.random import Key
+from core.optimizer.rules.apollo import Apollo, ApolloMini
+from core.optimizer.rules.parts.projectors import _orthonormal, draw
+from core.philox import Key
+from core.sharding.layout import Layout
 
 SHAPES = ((5, 12), (12, 5), (6, 6))
 STEPS = 12

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.optimizer.micro_adam import MicroAdam, dequantize, quantize_
+from core.optimizer.rules.micro_adam import MicroAdam, dequantize, quantize_
 
 STEPS = 12
 SHAPES = ((), (7,), (8, 13), (13, 8), (3, 4, 5))

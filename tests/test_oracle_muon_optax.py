@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.optimizer.muon_optax import OptaxMuon
+from core.optimizer.rules.muon_optax import OptaxMuon
 
 
 def orthogonalized(u, eps):

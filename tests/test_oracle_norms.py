@@ -12,16 +12,16 @@ import torch.distributed as dist
 from torch import nn
 
 from core import engine
-from core.layout import Layout
-from core.optimizer.bge_adam import BGEAdam
 from core.optimizer.emerging_optimizers import get_optimizer
-from core.optimizer.hn_adam import HNAdam
-from core.optimizer.mars import Mars
 from core.optimizer.optimizer_config import OptimizerConfig
-from core.optimizer.trust_ratio import Lamb, Lars
+from core.optimizer.rules.bge_adam import BGEAdam
+from core.optimizer.rules.hn_adam import HNAdam
+from core.optimizer.rules.lamb_lars import Lamb, Lars
+from core.optimizer.rules.mars import Mars
+from core.philox import Key, normal
 from core.process_groups_config import ProcessGroupCollection
-from core.random import Key, normal
-from tests.sharding import Weights
+from core.sharding.layout import Layout
+from tests.support.sharding import Weights
 from tests.test_clip import LAYOUTS, gradients, part
 
 SHAPES = [(5, 12), (12, 5), (7,), (3, 4, 5), ()]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from core.linalg.roots import norm_lower_bound
-from core.optimizer import psgd
-from core.optimizer.psgd import Quad, Skew
+from core.optimizer.rules import psgd
+from core.optimizer.rules.psgd import Quad, Skew
 
 STEPS = 12
 LR, DECAY, BLOCK = 0.1, 0.05, 8

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tools.model import GPTConfig
-from tools.parallel import AXES, Engine, check_layout
+from tools.pretrain.model import GPTConfig
+from tools.pretrain.parallel import AXES, Engine, check_layout
 from tools.usage import UsageError
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 40, "seq_length": 12}

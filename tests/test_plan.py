@@ -5,9 +5,9 @@ import json
 import pytest
 import torch.distributed as dist
 
-from tools.plan import LARGEST, curves, main
-from tools.plan_arguments import cluster_of, model_of, parser
-from tools.plan_models import PRESETS, other_parameters, parts
+from tools.plan.arguments import cluster_of, model_of, parser
+from tools.plan.command import LARGEST, curves, main
+from tools.plan.models import PRESETS, other_parameters, parts
 
 DENSE = ["--world-size", "256", "--tp", "8", "--pp", "4"]
 MOE = [*DENSE, "--ep", "8", "--etp", "1"]

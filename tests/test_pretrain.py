@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from core.optimizer.chained import Assignment
-from tools import plot, pretrain
-from tools.arguments import parse_arguments
 from tools.check_layouts import Layout, largest_difference, train
-from tools.report import Progress, Record, RunLog, read_log, startup_table
-from tools.resume import changed_flags
+from tools.plot import losses as plot
+from tools.pretrain import job as pretrain
+from tools.pretrain.arguments import parse_arguments
+from tools.pretrain.report import Progress, Record, RunLog, read_log, startup_table
+from tools.pretrain.resume import changed_flags
 
 ROOT = Path(__file__).parents[1]
 TINY = (

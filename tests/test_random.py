@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.layout import Layout, Split
+from core.philox import Key, bits, normal, philox, rademacher, uniform
 from core.process_groups_config import Axis
-from core.random import Key, bits, normal, philox, rademacher, uniform
+from core.sharding.layout import Layout, Split
 
 KEY = Key(5489, "decoder.layers.0.mlp.weight", 7, "noise")
 DRAWS: dict[str, Callable[..., Tensor]] = {

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from core.checkpoint import CheckpointError, load, save
 from core.optimizer.emerging_optimizers import _entry, list_optimizers
-from tests.processes import on_ranks
-from tests.small_run import Cut, Run, differing, read_plainly
+from tests.support.processes import on_ranks
+from tests.support.small_run import Cut, Run, differing, read_plainly
 from tests.test_layouts import VARIANTS
 
 CUTS: dict[str, Cut] = {

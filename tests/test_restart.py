@@ -15,9 +15,9 @@ import pytest
 from torch import Tensor
 
 from core.checkpoint import latest_step
-from tests.small_run import differing, read_plainly
-from tools.launch import Launch
-from tools.report import Record, read_log
+from tests.support.small_run import differing, read_plainly
+from tools.pretrain.launch import Launch
+from tools.pretrain.report import Record, read_log
 from tools.usage import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ class Directory:
     def command(self, fault: str, *launcher: str) -> list[str]:
         launcher = launcher or ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(self.ranks))
         run = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "2", *launcher]
-        return [*run, "-m", "tests.faulty_job", fault, str(self.mark), *self.flags]
+        return [*run, "-m", "tests.support.faulty_job", fault, str(self.mark), *self.flags]
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and state of the newest checkpoint, as plain torch reads it."""

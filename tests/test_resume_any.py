@@ -12,7 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from core.checkpoint import load, save
 from core.optimizer.emerging_optimizers import _entry, list_optimizers
-from tests.sharding import ANY_SHAPE, CUTS, build, cutter, parameters, unsharded, whole_gradient, whole_parameters
+from tests.support.sharding import (
+    ANY_SHAPE,
+    CUTS,
+    build,
+    cutter,
+    parameters,
+    unsharded,
+    whole_gradient,
+    whole_parameters,
+)
 from tests.test_layouts import VARIANTS
 
 HALF = 4

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from core.checkpoint.manifest import NAME, Manifest
-from tests.processes import on_ranks, train
-from tests.small_run import differing, read_plainly
+from tests.support.processes import on_ranks, train
+from tests.support.small_run import differing, read_plainly
 from tools.check_layouts import JOB, Layout, largest_difference
-from tools.report import Record, read_log
+from tools.pretrain.report import Record, read_log
 
 LAYOUTS = {
     str(layout): layout

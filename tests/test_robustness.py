@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from core.optimizer.adam import AdamW
 from core.optimizer.emerging_optimizers import TensorParallelMuon, get_optimizer, register_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
-from core.optimizer.sgd import SGD
+from core.optimizer.rules.adam import AdamW
+from core.optimizer.rules.sgd import SGD
 from core.process_groups_config import ProcessGroupCollection
-from tests.sharding import Cut, sharded, unsharded, whole_gradient
+from tests.support.sharding import Cut, sharded, unsharded, whole_gradient
 
 
 def weight(shape=(8, 4), i=0, dtype=torch.float32) -> nn.Parameter:

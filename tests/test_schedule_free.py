@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from core.checkpoint import load, save
-from core.optimizer.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from core.optimizer.rules.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from core.process_groups_config import ProcessGroupCollection
 
 SETTINGS = {"lr": 0.05, "weight_decay": 0.1, "warmup_steps": 6, "r": 0.5}

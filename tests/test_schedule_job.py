@@ -6,11 +6,11 @@ import torch
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from tests.test_bad_input import check
-from tools import plot_schedule
-from tools.arguments import parse_arguments
-from tools.pretrain import main
-from tools.report import read_log
-from tools.schedule import decay_start, make_scheduler
+from tools.plot import schedule as plot_schedule
+from tools.pretrain.arguments import parse_arguments
+from tools.pretrain.job import main
+from tools.pretrain.report import read_log
+from tools.pretrain.schedule import decay_start, make_scheduler
 from tools.usage import UsageError
 
 TINY = (

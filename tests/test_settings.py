@@ -16,7 +16,7 @@ from torch import nn
 from core.optimizer import emerging_optimizers as registry
 from core.optimizer.emerging_optimizers import EmergingOptimizerEntry, get_optimizer, list_optimizers, settings_of
 from core.optimizer.optimizer_config import OptimizerConfig
-from core.optimizer.settings import DTYPES, Setting, constructor_arguments, settings
+from core.optimizer.steps.constructor_settings import DTYPES, Setting, constructor_arguments, settings
 from core.process_groups_config import ProcessGroupCollection
 
 Precision = Literal["low", "high"]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.func import functional_call
 
-from core.optimizer.sophia import Sophia
+from core.optimizer.rules.sophia import Sophia
 from core.process_groups_config import ProcessGroupCollection
 
 SHAPES = ((4, 9), (9, 4), (7,), ())

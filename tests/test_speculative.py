@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from core.optimizer.emerging_optimizers import get_optimizer
-from core.optimizer.speculative import SpeculativeStep
+from core.optimizer.speculative_step import SpeculativeStep
 from tests.test_any_optimizer import ALL, IDS, Shapes, config
 
 

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from core.optimizer.builders import RegistryBuilder, make_transformation
 from core.optimizer.clip import NonFiniteGradientError
 from core.optimizer.emerging_optimizers import list_optimizers
-from core.optimizer.stage_local import (
+from core.optimizer.functional.builders import RegistryBuilder, make_transformation
+from core.optimizer.functional.stage_local import (
     StageLocalOptimizerMetadata,
     make_stage_local_gradient_transformation,
     make_unsupported_stage_local_gradient_transformation,
     stage_local_step,
 )
-from core.placements import local
 from core.process_groups_config import ProcessGroupCollection
-from tests.stepped import LR, SHAPES, Stepped, check_equal, configured, gradients, schedule, weights
+from core.sharding.parameter_layout import local
+from tests.support.stepped import LR, SHAPES, Stepped, check_equal, configured, gradients, schedule, weights
 
 
 @pytest.mark.parametrize("name", list_optimizers())

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.optimizer.adafactor import AdafactorSR
-from core.optimizer.adamw_sr import AdamWSR
+from core.optimizer.rules.adafactor import AdafactorSR
+from core.optimizer.rules.adamw_sr import AdamWSR
+from core.philox import Key, bits
 from core.precision.stochastic_rounding import stochastic_round
-from core.random import Key, bits
-from tests.sharding import CUTS, sharded, unsharded
+from tests.support.sharding import CUTS, sharded, unsharded
 
 MAX = torch.finfo(torch.bfloat16).max
 BORDERS = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.1754942e-38, MAX, -MAX]

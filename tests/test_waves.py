@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from core import engine
-from core.optimizer.adam import AdamW
 from core.optimizer.chained import ChainedOptimizer
-from core.optimizer.muon import TensorParallelMuon
+from core.optimizer.rules.adam import AdamW
+from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
-
-from .sharding import CUTS, sharded, sharded_optimizer, unsharded, whole_gradient
+from tests.support.sharding import CUTS, sharded, sharded_optimizer, unsharded, whole_gradient
 
 LARGE = ((512, 640), (640, 512), (512, 512))
 """Rows from which a matrix on CPU goes through kernels of its own."""

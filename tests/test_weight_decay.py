@@ -8,14 +8,14 @@ from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon
 from torch import Tensor, nn
 
-from core.optimizer.adafactor import AdafactorSR
-from core.optimizer.adamw_sr import AdamWSR
 from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
-from core.optimizer.muon import TensorParallelMuon
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
-from core.optimizer.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
-from core.optimizer.weight_decay import METHODS
-from tests.sharding import CUTS, build, cutter, parameters, whole_gradient, whole_parameters
+from core.optimizer.rules.adafactor import AdafactorSR
+from core.optimizer.rules.adamw_sr import AdamWSR
+from core.optimizer.rules.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
+from core.optimizer.steps.weight_decay import METHODS
+from tests.support.sharding import CUTS, build, cutter, parameters, whole_gradient, whole_parameters
 
 SHAPES = ((12, 8), (8, 16), (12, 8), (8, 8))
 LR, DECAY, STEPS = 0.1, 0.3, 3

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from core.checkpoint import load, save
 from core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS, EmergingOptimizerEntry
-from core.optimizer.whole import WholeState, WholeStep
-from core.placements import local
+from core.optimizer.steps.whole_tensor import WholeState, WholeStep
 from core.process_groups_config import ProcessGroupCollection
-from tests.sharding import (
+from core.sharding.parameter_layout import local
+from tests.support.sharding import (
     CUTS,
     Cut,
     build,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .report import format_rows, read_log
+from .pretrain.report import format_rows, read_log
 
 TOLERANCE = 1e-5
 

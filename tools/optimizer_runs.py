@@ -15,11 +15,11 @@ from pathlib import Path
 
 from core.optimizer.emerging_optimizers import list_optimizers, settings_of
 
-from .arguments import flag_of
 from .check_layouts import JOB, Layout, largest_difference
-from .launch import Launch
-from .pretrain import Job, prepare, process_group
-from .report import Record, format_rows, read_log
+from .pretrain.arguments import flag_of
+from .pretrain.job import Job, prepare, process_group
+from .pretrain.launch import Launch
+from .pretrain.report import Record, format_rows, read_log
 from .usage import nearest
 
 TOLERANCE = 1e-4

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
-from core.optimizer.library import LibraryStep
 from core.optimizer.memory import memory_report
 from core.optimizer.optimizer_config import OptimizerConfig
+from core.optimizer.steps.torch_class import LibraryStep
 from core.process_groups_config import ProcessGroupCollection
 
 README = Path(__file__).parent.parent / "README.md"

@@ -3,7 +3,7 @@
 from .background import Background
 from .directory import latest_step
 from .loading import Difference, Loaded, load
-from .ranks import CheckpointError, NewerFormatError
 from .saving import save
+from .together import CheckpointError, NewerFormatError
 
 __all__ = ["Background", "CheckpointError", "Difference", "Loaded", "NewerFormatError", "latest_step", "load", "save"]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .boxes import Boxes
-from .ranks import Group, distributed
+from .together import Group, distributed
 
 
 class Background:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from ..layout import Layout
-from ..ranges import Ranges
+from ..sharding.layout import Layout
+from ..sharding.ranges import Ranges
 
 
 class Boxes(Tensor):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from . import digests as sums
 from . import directory as folders
-from . import sums
 from .manifest import Manifest
-from .ranks import CheckpointError, NewerFormatError, distributed, joined, on_first, rank, together
+from .together import CheckpointError, NewerFormatError, distributed, joined, on_first, rank, together
 
 
 def choose(directory: Path, step: int | None, *, verify: bool) -> tuple[Path, Manifest, list[str]]:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layout import Layout
-from ..placements import layout_of, local
 from ..process_groups_config import ProcessGroupCollection
+from ..sharding.layout import Layout
+from ..sharding.parameter_layout import layout_of, local
 from .boxes import Boxes
 
 MODEL = "model."

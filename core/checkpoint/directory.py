@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from . import lock, sums
+from . import digests as sums
+from . import lock
 from . import manifest as manifests
 from .manifest import Manifest
-from .ranks import CheckpointError
+from .together import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Holds the step of the newest complete checkpoint; Megatron's name."""

@@ -14,13 +14,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
 from . import rng
-from .choosing import choose
+from .choose import choose
 from .compare import compare_keys, compare_optimizers, compare_tensors, optimizer_rows, selection, table
 from .contents import MODEL, STATE, Contents, Group, parameter_of, process_groups
 from .manifest import Manifest
-from .ranks import CheckpointError, distributed, gather, joined, rank, together
 from .reader import SafeReader
 from .saving import reasons, whereabouts
+from .together import CheckpointError, distributed, gather, joined, rank, together
 
 
 @dataclass(frozen=True)

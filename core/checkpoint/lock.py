@@ -7,7 +7,7 @@ import socket
 import warnings
 from pathlib import Path
 
-from .ranks import CheckpointError
+from .together import CheckpointError
 
 NAME = ".lock"
 _held: dict[Path, int] = {}

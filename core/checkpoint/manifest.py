@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 import torch
 
 from .contents import Group
-from .ranks import CheckpointError, NewerFormatError
+from .together import CheckpointError, NewerFormatError
 
 NAME = "shardstep.json"
 FORMAT = 2

@@ -1,4 +1,4 @@
-"""Picks a tensor-parallel mode for every matrix, by what :mod:`core.cost_model` predicts on this machine."""
+"""Picks a tensor-parallel mode for every matrix, by what :mod:`core.cost.model` predicts on this machine."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -6,11 +6,11 @@ from math import prod
 
 import torch
 
-from .. import machine
-from ..auto_mode import choose
-from ..cost_model import CostMode, Link, Machine, Matrices, team_size
-from ..layout import Layout, Mode
 from ..process_groups_config import Axis, Domain, ProcessGroupCollection
+from ..sharding.layout import Layout, Mode
+from . import measure as machine
+from .cheapest import choose
+from .model import CostMode, Link, Machine, Matrices, team_size
 
 Rates = tuple[float, float, float, float]
 """FLOP/s of products, bytes/s of memory, seconds of latency and bytes/s of the link between ranks."""

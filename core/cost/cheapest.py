@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from .cost_model import EXACT, Cost, CostMode, Machine, Matrices, alone, elementwise, joint_link, predict
+from .model import EXACT, Cost, CostMode, Machine, Matrices, alone, elementwise, joint_link, predict
 
 
 def choose(

@@ -9,11 +9,11 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from .cost_model import Link, Machine, step_traffic
-from .linalg.precision import matmul_precision
-from .linalg.products import product, symmetric_product
-from .linalg.work import iteration_work
-from .process_groups_config import Domain
+from ..linalg.matmul_precision import matmul_precision
+from ..linalg.newton_schulz_cost import iteration_work
+from ..linalg.products import product, symmetric_product
+from ..process_groups_config import Domain
+from .model import Link, Machine, step_traffic
 
 # By device; others need more, or starting a kernel is all that is measured.
 SIDE = {"cpu": 1024}

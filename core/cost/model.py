@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Literal
 
+from ..engine import wave_entries
+from ..linalg.newton_schulz import flops
+from ..linalg.newton_schulz_cost import Work, newton_schulz_work
 from .dealing import deal, waves_of
-from .engine import wave_entries
-from .linalg.newton_schulz import flops
-from .linalg.work import Work, newton_schulz_work
 
 CostMode = Literal["owner", "team", "distributed", "duplicated", "blockwise"]
 EXACT: tuple[CostMode, ...] = ("owner", "team", "distributed", "duplicated")

@@ -11,11 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .engine_environment import CHECK, WAVE, checks_ranks, wave_entries, wave_limit
-from .engine_waves import Task, Wave, Work, on_collective
-from .layout import Deal, Move, Op, Reduce, Rule
-
-__all__ = ["CHECK", "DEPTH", "WAVE", "Run", "Work", "checks_ranks", "on_collective", "reduced", "run", "wave_entries"]
+from ..sharding.layout import Deal, Move, Op, Reduce, Rule
+from .environment import checks_ranks, wave_limit
+from .waves import Task, Wave, Work
 
 DEPTH = 3
 """Waves of 16-bit entries that may be in memory: one travels in, one is worked on, one travels back. Of wider ones, one less."""

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..sharding.layout import Deal, Move, Reduce, Request, Rule
 from .agreement import compare
 from .exchange import exchange
-from .layout import Deal, Move, Reduce, Request, Rule
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..layout import Layout
+from ..sharding.layout import Layout
 from .newton_schulz import newton_schulz
 from .variants import Coefficients, Variant, variants_for
 

@@ -8,9 +8,9 @@ import torch
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import _COEFFICIENT_SETS, get_coefficient_iterator
 from torch import Tensor
 
-from ..layout import Layout
+from ..sharding.layout import Layout
 from .iteration import EPS, iterate
-from .precision import matmul_precision
+from .matmul_precision import matmul_precision
 from .products import is_large
 from .variants import NARROW, Coefficients, Variant, variant_for
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..optimizer import emerging_optimizers as ours
-from ..optimizer.settings import Setting
-from .checks import REPLACED, runs_flat
+from ..optimizer.steps.constructor_settings import Setting
+from .refusals import REPLACED, runs_flat
 from .registration import name_of, replace_muon
-from .seam import ARGUMENTS, CONFIG, around, seam
 from .settings import EXACT, PREFIX, SPLIT_HEADS, TP_MODE
+from .upstream import ARGUMENTS, CONFIG, around, seam
 
 REPLACE = "--shardstep-replace-muon"
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layout import Layout
+from ..sharding.layout import Layout
 from .resume import resumes
-from .seam import DISTRIBUTED, FACTORY, PARALLEL, seam
+from .upstream import DISTRIBUTED, FACTORY, PARALLEL, seam
 
 DistributedOptimizer: Any
 (DistributedOptimizer,) = seam(DISTRIBUTED, "DistributedOptimizer")

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .checks import steps_whole
-from .seam import LAYER_WISE, around
+from .refusals import steps_whole
 from .settings import flags
+from .upstream import LAYER_WISE, around
 
 
 def keep_together(name_of: Callable[[str], str | None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 
 from ..optimizer import emerging_optimizers as ours
-from .seam import FACTORY, around
+from .upstream import FACTORY, around
 
 
 def follow_width(name_of: Callable[[str], str | None]) -> None:

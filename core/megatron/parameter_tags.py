@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 from ..optimizer.emerging_optimizers import _get_qkv_split_shapes
-from ..placements import layout_of
 from ..process_groups_config import ProcessGroupCollection
-from .seam import LAYERS, seam
+from ..sharding.parameter_layout import layout_of
+from .upstream import LAYERS, seam
 
 KEPT = {"matrix_parts": None, "use_muon": True, "is_embedding_or_output_parameter": False}
 """Attributes, with what stands for them when they are not there, that float32 copies of 16-bit parameters must have too."""

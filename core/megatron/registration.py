@@ -10,16 +10,16 @@ from torch.optim import Optimizer
 from ..optimizer import emerging_optimizers as ours
 from ..optimizer.optimizer_config import ParamKey
 from ..process_groups_config import ProcessGroupCollection
-from .checks import REPLACED, cannot_be_cut, check, is_flat, is_layer_wise
-from .flat import flat_optimizer
-from .found import check_before_loading
+from .flat_ranges import flat_optimizer
 from .layer_wise import keep_together
 from .mup import follow_width
+from .parameter_tags import keep_attributes, tag
+from .refusals import REPLACED, cannot_be_cut, check, is_flat, is_layer_wise
 from .resume import resume_across, resumes
-from .seam import CONFIG, FACTORY, REGISTRY, around, seam
+from .saved_state import check_before_loading
 from .settings import PREFIX, Settings
 from .sharded_state import say_layouts, take_our_state
-from .tags import keep_attributes, tag
+from .upstream import CONFIG, FACTORY, REGISTRY, around, seam
 
 
 def register() -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .seam import CHAIN, DISTRIBUTED, LAYER_WISE, MAPPING, seam
 from .settings import flags
+from .upstream import CHAIN, DISTRIBUTED, LAYER_WISE, MAPPING, seam
 
 HERE = "shardstep"
 """Key under which this run's part stands while a checkpoint is loaded, out of the way of how the saved one was built."""

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint.ranks import CheckpointError, Group, joined
+from ..checkpoint.together import CheckpointError, Group, joined
 from .resume import HERE
-from .seam import LOADING, around, seam
 from .sharded_state import OWNERS_STEP
+from .upstream import LOADING, around, seam
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
 _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")

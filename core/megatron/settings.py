@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from ..optimizer.emerging_optimizers import settings_of
-from .seam import GLOBALS
+from .upstream import GLOBALS
 
 PREFIX = "shardstep_"
 """Of our optimizers' names in Megatron, and of what our flags are called in its parsed command line."""

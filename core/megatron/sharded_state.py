@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checkpoint.boxes import cut
-from ..layout import Layout
-from .seam import CHECKPOINT, MAPPING, around, seam
+from ..sharding.layout import Layout
+from .upstream import CHECKPOINT, MAPPING, around, seam
 
 _LAYOUTS = "shardstep_layouts"
 """Attribute of a tensor in a ``state_dict``: where it lives, and where its parameter does."""

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import engine
-from ..placements import layout_of
 from ..process_groups_config import ProcessGroupCollection
+from ..sharding.parameter_layout import layout_of
 from .clip import Entry, clip_grad_norm_, clip_grad_value_
-from .sharded_optimizer import ShardedStep, forget_gone, load_state
+from .steps.base import ShardedStep, forget_gone, load_state
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import engine
 from ..engine import Work
-from ..layout import Layout
-from ..placements import is_expert, local, local_gradient
 from ..process_groups_config import Axis, Domain, ProcessGroupCollection, world_size
-from .checks import non_negative
-from .sharded_optimizer import ShardedStep, check_gradients
-from .weight_decay import METHOD, decay_first_
+from ..sharding.layout import Layout
+from ..sharding.parameter_layout import is_expert, local, local_gradient
+from .steps.argument_checks import non_negative
+from .steps.base import ShardedStep, check_gradients
+from .steps.weight_decay import METHOD, decay_first_
 
 Entry = tuple[str, Tensor, Layout]
 """Name, parameter, and where it lives."""

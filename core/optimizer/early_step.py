@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import engine
-from ..placements import check_gradient, local_gradient
+from ..sharding.parameter_layout import check_gradient, local_gradient
 from .chained import ChainedOptimizer, finish_step
 from .clip import clip_factor
-from .sharded_optimizer import ShardedStep
+from .steps.base import ShardedStep
 
 
 class EarlyStep:

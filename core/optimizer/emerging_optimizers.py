@@ -15,33 +15,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection
-from .adafactor import Adafactor, AdafactorSR
-from .adam import Adam, AdamW, RAdam
-from .adamw_sr import AdamWSR
-from .adaptive_muon import TensorParallelAdaptiveMuon
-from .ademamix import AdEMAMix
-from .bge_adam import BGEAdam
-from .came import Came
 from .chained import ChainedOptimizer
-from .emerging_library import LIBRARY, library_optimizer
-from .hn_adam import HNAdam
-from .kronecker import Shampoo, Soap
-from .low_rank import Apollo, ApolloMini
-from .mars import Mars
-from .micro_adam import MicroAdam
-from .muon import TensorParallelMuon
-from .muon_optax import OptaxMuon
 from .optimizer_config import OptimizerConfig, ParamKey, ParamPredicate, unknown
-from .psgd import Quad, Skew
-from .rmsprop import RMSprop
 from .routing import Mask, Overrides, check_settings, param_groups, route
-from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
-from .settings import Setting, constructor_arguments, settings
-from .sgd import SGD
-from .sign import Lion
-from .sophia import Sophia
-from .trust_ratio import Lamb, Lars
-from .weight_decay import METHOD
+from .rules.adafactor import Adafactor, AdafactorSR
+from .rules.adam import Adam, AdamW, RAdam
+from .rules.adamw_sr import AdamWSR
+from .rules.adaptive_muon import TensorParallelAdaptiveMuon
+from .rules.ademamix import AdEMAMix
+from .rules.apollo import Apollo, ApolloMini
+from .rules.bge_adam import BGEAdam
+from .rules.came import Came
+from .rules.emerging_library import LIBRARY, library_optimizer
+from .rules.hn_adam import HNAdam
+from .rules.lamb_lars import Lamb, Lars
+from .rules.lion import Lion
+from .rules.mars import Mars
+from .rules.micro_adam import MicroAdam
+from .rules.muon_optax import OptaxMuon
+from .rules.psgd import Quad, Skew
+from .rules.rmsprop import RMSprop
+from .rules.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from .rules.sgd import SGD
+from .rules.shampoo_soap import Shampoo, Soap
+from .rules.sophia import Sophia
+from .rules.tensor_parallel_muon import TensorParallelMuon
+from .steps.constructor_settings import Setting, constructor_arguments, settings
+from .steps.weight_decay import METHOD
 
 __all__ = [
     "EmergingOptimizerEntry",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..placements import local
+from ..sharding.parameter_layout import local
 
 
 @dataclass(frozen=True)

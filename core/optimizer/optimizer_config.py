@@ -9,7 +9,7 @@ from typing import Any, Self, get_args
 
 import torch
 
-from .settings import Setting, check_kind
+from .steps.constructor_settings import Setting, check_kind
 
 
 @dataclass(frozen=True)

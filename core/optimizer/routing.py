@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection
 from .optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate, unknown
-from .weight_decay import METHOD
+from .steps.weight_decay import METHOD
 
 Overrides = Mapping[ParamKey, Mapping[str, Any]]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..placements import local
+from ..sharding.parameter_layout import local
 from .chained import ChainedOptimizer
 from .clip import GlobalClip
 

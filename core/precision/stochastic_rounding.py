@@ -10,7 +10,7 @@ def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
     Args:
         x: float32, any shape. Infinities and NaN are kept.
         noise: Integers of the shape of ``x``, of which the lowest 16 bits are used: random and independent
-            (:func:`core.random.bits`).
+            (:func:`core.philox.bits`).
 
     Returns:
         bfloat16, the shape of ``x``. A bfloat16 value comes back as it is.

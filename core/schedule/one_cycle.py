@@ -6,9 +6,9 @@ Source: https://arxiv.org/abs/1708.07120; phases and defaults are those of torch
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .checks import check_settings
 from .curves import fall
 from .registry import register_scheduler
+from .setting_ranges import check_settings
 
 Anneal = Literal["cosine", "linear"]
 

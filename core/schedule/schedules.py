@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from .checks import check_settings
 from .curves import HARMONIC, fall
 from .registry import register_scheduler
+from .setting_ranges import check_settings
 
 WSDDecay = Literal["exponential", "linear", "cosine", "minus_sqrt", "harmonic"]
 Annealing = Literal["exponential", "rsqrt"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .process_groups_config import TEAM, Axis, Domain
+from ..process_groups_config import TEAM, Axis, Domain
 from .ranges import Ranges, chunk, merge, overlap, total
 
 Op = Literal["sum", "max"]
@@ -301,7 +301,7 @@ class Placement:
 
     @cached_property
     def shared(self) -> dict[Any, Any]:
-        """What :mod:`core.exchange` has found out about ways from here, to find it out once."""
+        """What :mod:`core.engine.exchange` has found out about ways from here, to find it out once."""
         return {}
 
     @cached_property

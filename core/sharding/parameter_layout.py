@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from ..process_groups_config import Axis, ProcessGroupCollection, world_size
 from .layout import Layout, Split
-from .process_groups_config import Axis, ProcessGroupCollection, world_size
 from .ranges import Ranges, chunk, merge, repeat
 
 

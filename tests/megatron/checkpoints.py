@@ -1,6 +1,6 @@
 """A program of several ranks in which the real Megatron-Core saves and resumes; see test_megatron_checkpoint.py.
 
-``python -m tests.megatron_checkpoints RANK RANKS STORE RUNS``: ``RUNS`` is a JSON object of :class:`Run` by name. Rank 0
+``python -m tests.megatron.checkpoints RANK RANKS STORE RUNS``: ``RUNS`` is a JSON object of :class:`Run` by name. Rank 0
 prints what came of each, a line of JSON. It saves and loads as ``megatron.training.checkpointing`` does.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.megatron_cpu import serve_on_cpu
-from tests.megatron_gpt import Case, Job
+from tests.megatron.gpt import Case, Job
+from tools.compare_megatron.on_cpu import serve_on_cpu
 
 
 @dataclass(frozen=True)

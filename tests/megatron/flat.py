@@ -1,6 +1,6 @@
 """A program of several ranks in which Megatron-Core's distributed optimizers step with ours; see test_megatron_flat.py.
 
-``python -m tests.megatron_flat RANKS FOLDER CASES [RANK]``: ``CASES`` is a JSON object of :class:`FlatCase` by name. Without
+``python -m tests.megatron.flat RANKS FOLDER CASES [RANK]``: ``CASES`` is a JSON object of :class:`FlatCase` by name. Without
 ``RANK`` it starts the ranks as copies of itself: importing takes ten seconds, once is enough. A copy cannot save.
 """
 
@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.megatron_cpu import serve_on_cpu
-from tests.megatron_gpt import Case, Job
+from tests.megatron.gpt import Case, Job
+from tools.compare_megatron.on_cpu import serve_on_cpu
 
 
 @dataclass(frozen=True)

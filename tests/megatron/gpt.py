@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.megatron_by_hand import ByHand
-from tests.megatron_cases import CASES, MORE_CASES, RANKS, Case, Outcome
-from tests.megatron_cpu import serve_on_cpu
-from tests.megatron_layers import latent_attention, let_norms_be_sequence_parallel
+from tests.megatron.by_hand import ByHand
+from tests.megatron.cases import CASES, MORE_CASES, RANKS, Case, Outcome
+from tests.megatron.layers import latent_attention, let_norms_be_sequence_parallel
+from tools.compare_megatron.on_cpu import serve_on_cpu
 
 VOCABULARY, LENGTH, BATCH, STEPS, MICRO_BATCHES = 64, 16, 2, 3, 4
 

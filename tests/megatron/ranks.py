@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.megatron_cpu import serve_on_cpu
+from tools.compare_megatron.on_cpu import serve_on_cpu
 
 RANKS = 2
 JOBS = {"adam": torch.float32, "muon": torch.bfloat16}

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 
-from core.checkpoint import load, save, sums
+from core.checkpoint import digests as sums
+from core.checkpoint import load, save
 from core.checkpoint.manifest import NAME
-from core.optimizer.adam import AdamW
-from core.optimizer.sgd import SGD
-from tests.small_run import differing
+from core.optimizer.rules.adam import AdamW
+from core.optimizer.rules.sgd import SGD
+from tests.support.small_run import differing
 
 STEP = "iter_0000005"
 

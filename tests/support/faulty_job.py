@@ -1,4 +1,4 @@
-"""The main job with one fault, once: ``python -m tests.faulty_job PLACE:NTH:RANK:STEP:HOW MARK FLAGS...``.
+"""The main job with one fault, once: ``python -m tests.support.faulty_job PLACE:NTH:RANK:STEP:HOW MARK FLAGS...``.
 
 PLACE is forward, backward, optimizer, save or load, NTH counts the modules, collectives or file events there, and HOW is kill,
 sleep, exit or a signal's name. The file MARK says that it has happened: a job that is started again goes through.
@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from tools import pretrain
+from tools.pretrain import job as pretrain
 
 HOW: dict[str, Callable[[], Any]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),

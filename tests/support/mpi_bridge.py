@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi_ranks import REPORTS_FOLDER, RankPlugin, ranks_of, under_torchrun
-from tests.mpi_session import EXIT_S, RankSession, find_mpiexec
+from tests.support.mpi_ranks import REPORTS_FOLDER, RankPlugin, ranks_of, under_torchrun
+from tests.support.mpi_session import EXIT_S, RankSession, find_mpiexec
 
 
 @pytest.hookimpl(trylast=True)

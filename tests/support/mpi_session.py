@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi_ranks import OUTER_PID, REPORTS_FOLDER
-from tests.mpi_reports import blame, merge
+from tests.support.mpi_ranks import OUTER_PID, REPORTS_FOLDER
+from tests.support.mpi_reports import blame, merge
 
 START_S = 180.0  # until the first test starts: importing torch on a busy machine
 GRACE_S = 5.0  # for the others, after one rank has failed

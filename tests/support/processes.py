@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from tools import pretrain
+from tools.pretrain import job as pretrain
 
-PRELOAD = ["tests.test_layouts", "tests.small_run", "tools.pretrain"]
+PRELOAD = ["tests.test_layouts", "tests.support.small_run", "tools.pretrain.job"]
 
 
 def on_ranks(size: int, work: Callable[..., None], *args: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def rows_of(module: str, folder: Path, arguments: Sequence[Sequence[str]], seconds: float) -> list[dict[str, Any]]:

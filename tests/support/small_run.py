@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
-from core.optimizer.sophia import Sophia
+from core.optimizer.rules.sophia import Sophia
 from core.process_groups_config import ProcessGroupCollection
 
 

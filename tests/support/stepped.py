@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
-from tests.sharding import Weights
+from tests.support.sharding import Weights
 
 SHAPES = {"a.weight": (12, 8), "b.weight": (8, 16), "c.weight": (12, 8), "c.bias": (16,)}
 LR = 0.1

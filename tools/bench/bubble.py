@@ -1,6 +1,6 @@
 """The step of a pipeline with the optimizer after the flush and inside the bubble, in turn, in one run.
 
-``torchrun --nproc-per-node 4 -m tools.bench_bubble --out DIRECTORY`` prints the time of a step in both orders and writes a
+``torchrun --nproc-per-node 4 -m tools.bench.bubble --out DIRECTORY`` prints the time of a step in both orders and writes a
 trace of each and a picture of both.
 """
 
@@ -18,11 +18,11 @@ from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from core.process_groups_config import ProcessGroupCollection
 
-from .bubble import BubbleStep
-from .model import GPTConfig
-from .parallel import Engine, build_mesh
-from .plot_timeline import draw, read_step, table
-from .trace import Trace
+from ..plot.timeline import draw, read_step, table
+from ..pretrain.bubble_step import BubbleStep
+from ..pretrain.model import GPTConfig
+from ..pretrain.parallel import Engine, build_mesh
+from ..pretrain.trace import Trace
 
 ORDERS = {"after the flush": False, "in the bubble": True}
 VOCABULARY = 512
@@ -78,7 +78,7 @@ class Candidate:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="torchrun ... -m tools.bench_bubble", description=__doc__)
+    parser = argparse.ArgumentParser(prog="torchrun ... -m tools.bench.bubble", description=__doc__)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--length", type=int, default=64, help="tokens a sequence, one sequence a micro-batch")

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from core.linalg.newton_schulz import coefficients
-from core.optimizer.muon import TensorParallelMuon
+from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
 
-from .usage import UsageError
+from ..usage import UsageError
 
 LR, DECAY, MOMENTUM, STEPS = 1.0, 0.01, 0.95, 5
 # Torch's Muon knows one set of coefficients for all iterations, and one scale that the others have too.

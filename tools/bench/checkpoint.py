@@ -1,4 +1,4 @@
-"""Measures what a save takes from training: ``python -m tools.bench_checkpoint``, or under ``torchrun --nproc-per-node 2``.
+"""Measures what a save takes from training: ``python -m tools.bench.checkpoint``, or under ``torchrun --nproc-per-node 2``.
 
 For AdamW and Muon on a GPT, tensor-parallel over the ranks, as Markdown: a step with nothing else going on; a save that is waited
 for; how long a save in the background takes until it returns and until it is complete, and the steps that are trained meanwhile.
@@ -31,10 +31,10 @@ from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from core.process_groups_config import ProcessGroupCollection
 
-from .launch import Launch
-from .model import GPTConfig
-from .parallel import Engine, build_mesh
-from .usage import UsageError, refuse
+from ..pretrain.launch import Launch
+from ..pretrain.model import GPTConfig
+from ..pretrain.parallel import Engine, build_mesh
+from ..usage import UsageError, refuse
 
 OPTIMIZERS = ("adamw", "muon")
 HEAD = (
@@ -220,7 +220,7 @@ def ranks_of(launch: Launch, folder: Path) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_checkpoint",
+        prog="python -m tools.bench.checkpoint",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -26,14 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import bench_cases as cases
-from . import bench_virtual, bench_whole_step
-from .bench_figures import SIZES, figures_table
-from .bench_measure import measure
-from .bench_tables import markdown, of_report
-from .launch import Launch
-from .report import format_rows
-from .usage import UsageError, refuse
+from ..pretrain.launch import Launch
+from ..pretrain.report import format_rows
+from ..usage import UsageError, refuse
+from . import cases as cases
+from . import virtual as bench_virtual
+from . import whole_step as bench_whole_step
+from .figures import SIZES, figures_table
+from .measure import measure
+from .tables import markdown, of_report
 
 PRECISIONS = ("highest", "medium")
 RUNS = (
@@ -233,7 +234,3 @@ def _version(package: str) -> str:
         return version(package)
     except ImportError:
         return "not installed"
-
-
-if __name__ == "__main__":
-    main()

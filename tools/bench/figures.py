@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import bench_virtual
-from .bench_cases import MEGATRON_EXACT
-from .bench_tables import Clock, Row, cpu, errors, results, table, wall
+from . import virtual as bench_virtual
+from .cases import MEGATRON_EXACT
+from .tables import Clock, Row, cpu, errors, results, table, wall
 
 SIZES = ((512, 8), (1024, 4))
 DUPLICATED, DISTRIBUTED = MEGATRON_EXACT

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor.debug import CommDebugMode
 
-from . import bench_cases as cases
-from .bench_cases import Candidate, Matrix, Steps
-from .bench_whole_step import Other
+from . import cases as cases
+from .cases import Candidate, Matrix, Steps
+from .whole_step import Other
 
 # Two layers hold both kinds of gradient for every shape.
 CHECKED_LAYERS = 2

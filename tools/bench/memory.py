@@ -1,7 +1,7 @@
 """Measures what memory a step of Muon takes besides parameters, gradients and state, beside its peers.
 
-    torchrun --nproc-per-node 2 -m tools.bench_memory --hidden 512 --layers 8 16
-    python -m tools.bench_memory --virtual 4 --device cuda    # rank 0 of 4 that do not exist: see tools.bench_virtual
+    torchrun --nproc-per-node 2 -m tools.bench.memory --hidden 512 --layers 8 16
+    python -m tools.bench.memory --virtual 4 --device cuda    # rank 0 of 4 that do not exist: see tools.bench.virtual
 
 *temporary*: the most that a step allocates at a time, by the events of torch's allocator. *kept*: what the optimizer holds
 between steps and is no state (buffers). Both together are given per element of the largest whole matrix, 4 hidden x hidden: an
@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.profiler import ProfilerActivity, profile
 
-from . import bench_cases as cases
-from . import bench_virtual
-from .bench import PRECISIONS
-from .launch import Launch
-from .report import format_rows
-from .usage import UsageError, refuse
+from ..pretrain.launch import Launch
+from ..pretrain.report import format_rows
+from ..usage import UsageError, refuse
+from . import cases as cases
+from . import virtual as bench_virtual
+from .command import PRECISIONS
 
 LIMIT = 20
 """Bytes per element of the largest whole matrix that our exact modes may take, temporary and kept ones together."""
@@ -197,7 +197,7 @@ def run(options: argparse.Namespace, fake: ProcessGroup, real: ProcessGroup) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hidden", type=int, default=512, help="hidden size of the GPT (default: 512)")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16], help="numbers of layers (default: 8 16)")
@@ -262,7 +262,7 @@ def _check(options: argparse.Namespace, ranks: int) -> None:
             "--virtual",
             None,
             "is not given, and there are no ranks",
-            hint="torchrun --nproc-per-node 2 -m tools.bench_memory, or add --virtual 2",
+            hint="torchrun --nproc-per-node 2 -m tools.bench.memory, or add --virtual 2",
         )
     parts = options.virtual or ranks
     if options.hidden % parts:

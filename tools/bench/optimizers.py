@@ -1,7 +1,7 @@
 """Times a step of the elementwise and reducing optimizers beside their peers, on the parameters of a GPT of 124 M.
 
-    python -m tools.bench_optimizers                 # every optimizer that has a peer
-    python -m tools.bench_optimizers --names lamb came --reps 5
+    python -m tools.bench.optimizers                 # every optimizer that has a peer
+    python -m tools.bench.optimizers --names lamb came --reps 5
 
 One process. Ours and its peers take turns, step by step, on the same gradients. ``bash scripts/bootstrap.sh bench``
 installs the peers.
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from core.optimizer.emerging_optimizers import _entry
 
-from .bench import environment
-from .report import format_rows
+from ..pretrain.report import format_rows
+from .command import environment
 
 LAYERS, WIDTH, VOCABULARY, CONTEXT = 12, 768, 50257, 1024
 Make = Callable[[list[nn.Parameter]], Any]

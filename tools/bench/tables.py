@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import bench_virtual
-from .bench_cases import MEGATRON
-from .bench_measure import Result
+from . import virtual as bench_virtual
+from .cases import MEGATRON
+from .measure import Result
 
 Row = tuple[str, ...]
 Clock = Callable[[Any], float]

@@ -27,9 +27,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import bench_cases as cases
-from .bench_cases import MEGATRON_EXACT, OWNER, Candidate, Matrix
-from .usage import UsageError
+from ..usage import UsageError
+from . import cases as cases
+from .cases import MEGATRON_EXACT, OWNER, Candidate, Matrix
 
 
 @dataclass

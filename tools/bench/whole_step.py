@@ -11,8 +11,8 @@ from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from core.process_groups_config import ProcessGroupCollection
 
-from . import bench_cases as cases
-from .bench_cases import Candidate, Matrix, Parameters, Steps
+from . import cases as cases
+from .cases import Candidate, Matrix, Parameters, Steps
 
 VOCABULARY = 50304
 """GPT-2's, padded to a multiple of 128."""

@@ -26,13 +26,13 @@ from core.checkpoint import CheckpointError
 from core.checkpoint.compare import selection
 from core.checkpoint.contents import base_of
 
-from . import ckpt_diff
-from .ckpt_megatron import LAYERS, WEIGHTS, from_megatron, to_megatron
-from .ckpt_source import Source, find, open_source
-from .ckpt_torch import from_torch, to_torch
-from .ckpt_write import Writer
-from .report import format_rows
-from .usage import UsageError, refuse
+from ..pretrain.report import format_rows
+from ..usage import UsageError, refuse
+from . import diff as ckpt_diff
+from .megatron import LAYERS, WEIGHTS, from_megatron, to_megatron
+from .source import Source, find, open_source
+from .torch_file import from_torch, to_torch
+from .writer import Writer
 
 WRONG = 1
 """Exit code for a checkpoint that is damaged, refused, or unlike another."""
@@ -252,7 +252,3 @@ def _steps(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

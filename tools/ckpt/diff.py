@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.checkpoint.manifest import Manifest
 
-from .ckpt_source import Source
+from .source import Source
 
 WIDTH = 60
 """Characters of a value that a table shows."""

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.checkpoint import CheckpointError, sums
+from core.checkpoint import CheckpointError
+from core.checkpoint import digests as sums
 from core.checkpoint.contents import MODEL, STATE, Group, base_of, parameter_of
 from core.checkpoint.directory import MEGATRON
 from core.checkpoint.manifest import Manifest, config_digest
 from core.checkpoint.reader import SafeReader
 from core.checkpoint.saving import COMMON
 
-from .ckpt_source import LEGACY, Source, count, find, harmless, open_source, safe_reader
-from .ckpt_torch import ONE_PROCESS
-from .ckpt_write import Writer
+from .source import LEGACY, Source, count, find, harmless, open_source, safe_reader
+from .torch_file import ONE_PROCESS
+from .writer import Writer
 
 LAYERS = ("stacked", "separate")
 """Whether Megatron-Core's layers are one tensor, as is its default, or have keys of their own (``non_homogeneous_layers``)."""

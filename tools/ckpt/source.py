@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from core.checkpoint import CheckpointError, directory, manifest, sums
+from core.checkpoint import CheckpointError, directory, manifest
+from core.checkpoint import digests as sums
 from core.checkpoint.manifest import Manifest
 from core.checkpoint.reader import SafeReader
 
-from .usage import UsageError
+from ..usage import UsageError
 
 LEGACY = "common.pt"
 """Where Megatron-Core kept what is no tensor before it had an entry; where both are, it reads this one."""

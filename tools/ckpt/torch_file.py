@@ -11,9 +11,9 @@ from core.checkpoint import CheckpointError
 from core.checkpoint.contents import MODEL, STATE, Group, base_of, parameter_of
 from core.checkpoint.manifest import Manifest, config_digest, json_copy
 
-from .ckpt_source import Source, count, harmless
-from .ckpt_write import Writer
-from .usage import UsageError
+from ..usage import UsageError
+from .source import Source, count, harmless
+from .writer import Writer
 
 SLOTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """State of torch's optimizers that means the same here."""

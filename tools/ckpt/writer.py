@@ -29,7 +29,7 @@ from core.checkpoint import CheckpointError, directory, latest_step
 from core.checkpoint.manifest import Manifest
 from core.checkpoint.saving import COMMON
 
-from .usage import UsageError
+from ..usage import UsageError
 
 SMALLEST_BOX = 1 << 16
 """Bytes below which a piece of a tensor is not worth a box of its own."""

@@ -17,7 +17,7 @@ class Side:
         optimizer: Name in ``OptimizerConfig``.
         settings: Further fields of it, or attributes that its class does not have.
         repairs: Lines of Megatron-Core that are corrected first, so that what comes after them can be seen: keys of
-            ``REPAIRS`` in :mod:`tools.compare_megatron_measure`.
+            ``REPAIRS`` in :mod:`tools.compare_megatron.measure`.
     """
 
     optimizer: str
@@ -42,7 +42,7 @@ class Case:
         ours: This package's.
         how: What is measured: the error of the weights after some steps, the size of the first update, the error after a
             checkpoint was loaded, or how many names can be constructed.
-        truth: The unsharded run that both are held against: a key of ``TRUTHS`` in :mod:`tools.compare_megatron_job`.
+        truth: The unsharded run that both are held against: a key of ``TRUTHS`` in :mod:`tools.compare_megatron.job`.
         weights: Pattern of the names of the weights that are looked at.
         tp: Tensor-parallel ranks.
         dp: Data-parallel ranks, each with another gradient.

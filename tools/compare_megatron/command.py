@@ -29,19 +29,19 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from tqdm import tqdm
 
-from .bench import environment
-from .bench_measure import Result
-from .bench_tables import Row, table
-from .bench_tables import rows as speed_rows
-from .compare_megatron_cases import CASES, Case
-from .compare_megatron_measure import SPEED_FLAGS, Outcome, Work, errors, run, speed
-from .report import format_rows
-from .usage import UsageError, refuse
+from ..bench.command import environment
+from ..bench.measure import Result
+from ..bench.tables import Row, table
+from ..bench.tables import rows as speed_rows
+from ..pretrain.report import format_rows
+from ..usage import UsageError, refuse
+from .cases import CASES, Case
+from .measure import SPEED_FLAGS, Outcome, Work, errors, run, speed
 
 PRELOAD = [
     "core.optimizer.emerging_optimizers",
-    "tools.bench",
-    "tools.compare_megatron_measure",
+    "tools.bench.command",
+    "tools.compare_megatron.measure",
     "megatron.core.dist_checkpointing",
     "megatron.core.models.gpt.gpt_layer_specs",
     "torch.distributed.tensor.debug",
@@ -89,7 +89,7 @@ def _rank(rank: int, ranks: int, folder: Path, work: Work) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     else:
-        from tests.megatron_cpu import serve_on_cpu
+        from tools.compare_megatron.on_cpu import serve_on_cpu
 
         serve_on_cpu()
     dist.init_process_group(
@@ -238,7 +238,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(table(lines) if options.markdown else format_rows(lines)))
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "found": found}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

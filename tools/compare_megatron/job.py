@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .compare_megatron_cases import Side
+from .cases import Side
 
 GPT: dict[str, Any] = {
     "num_layers": 2,

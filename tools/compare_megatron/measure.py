@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .bench_cases import MEGATRON, OURS
-from .bench_measure import Result, count_collectives
-from .compare_megatron_cases import MATRICES, Case, Side
-from .compare_megatron_job import LR, Job, device, unsharded
+from ..bench.cases import MEGATRON, OURS
+from ..bench.measure import Result, count_collectives
+from .cases import MATRICES, Case, Side
+from .job import LR, Job, device, unsharded
 
 STEPS, TIMED = 3, 5
 Outcome = dict[str, Any]
@@ -194,7 +194,7 @@ def run(case: Case, theirs: bool, folder: Path) -> Outcome:
 
 
 def speed(options: argparse.Namespace, on_ranks: OnRanks) -> list[Outcome]:
-    """A :class:`~tools.bench_measure.Result` as a dictionary for each optimizer; its CPU seconds are of all ranks together."""
+    """A :class:`~tools.bench.measure.Result` as a dictionary for each optimizer; its CPU seconds are of all ranks together."""
     ranks = on_ranks(options.tp, partial(_rank, options))
     return [_joined(name, [found[name] for found in ranks]) for name in SIDES]
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data import Samples, load_corpus, split_samples
-from ..model import GPTConfig
+from ..pretrain.data import Samples, load_corpus, split_samples
+from ..pretrain.model import GPTConfig
 
 SEQ_LENGTH = 32
 GLOBAL_BATCH = 8

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 
-from ..model import GPT, build_gpt
+from ..pretrain.model import GPT, build_gpt
 from .common import arguments, batches, gpt_config, leave, report, start
 
 

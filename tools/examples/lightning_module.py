@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 
-from ..model import build_gpt
+from ..pretrain.model import build_gpt
 from .common import GLOBAL_BATCH, arguments, gpt_config, leave, report, samples
 
 

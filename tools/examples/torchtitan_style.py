@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 
-from ..model import GPT, build_gpt
-from ..parallel import tensor_parallel
+from ..pretrain.model import GPT, build_gpt
+from ..pretrain.parallel import tensor_parallel
 from .common import arguments, batches, gpt_config, leave, report, start
 
 

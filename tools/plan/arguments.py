@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from core.cost_model import Link
+from core.cost.model import Link
 
-from .plan_models import PRESETS, Cluster, Model
-from .usage import UsageError
+from ..usage import UsageError
+from .models import PRESETS, Cluster, Model
 
 ITEMSIZE = {"medium": 2, "high": 4, "highest": 4}
 """Bytes of an entry as it travels, by precision."""

@@ -5,7 +5,7 @@
     python -m tools.plan --preset 1T-moe --world-size 1024 --tp 8 --pp 8 --ep 16 --etp 1 --plot cost.png
     torchrun --nproc-per-node 4 -m tools.plan --validate --hidden 512 --layers 8 --precision medium
 
-Flags of the model override those of a preset. Times are predicted (core/cost_model.py) from the rates that are given, for
+Flags of the model override those of a preset. Times are predicted (core/cost/model.py) from the rates that are given, for
 collectives that cost the same however many ranks take part. --validate measures this machine and compares prediction and step.
 """
 
@@ -14,16 +14,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from core.auto_mode import choose
-from core.cost_model import EXACT, MODES, Cost, CostMode, predict
+from core.cost.cheapest import choose
+from core.cost.model import EXACT, MODES, Cost, CostMode, predict
 
-from .plan_arguments import ITEMSIZE, check_range, cluster_of, model_of, parser
-from .plan_models import Cluster, Model, Part, check, other_parameters, parts
-from .plan_peers import PEERS, predict_peer
-from .plan_plot import draw
-from .plan_validate import place, validate
-from .report import format_rows
-from .usage import UsageError, refuse
+from ..pretrain.report import format_rows
+from ..usage import UsageError, refuse
+from .arguments import ITEMSIZE, check_range, cluster_of, model_of, parser
+from .draw import draw
+from .models import Cluster, Model, Part, check, other_parameters, parts
+from .peers import PEERS, predict_peer
+from .validate import place, validate
 
 ADAPTIVE_TRAFFIC = 36.0
 """Bytes that the passes of a second moment read and write for each entry."""
@@ -189,7 +189,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw(curves(model, cluster, options), title, options.plot)
     except UsageError as error:
         refuse(error, rank=rank, program="plan")
-
-
-if __name__ == "__main__":
-    main()

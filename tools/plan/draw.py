@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .usage import UsageError
+from ..usage import UsageError
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Label → (ranks, milliseconds)."""

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from math import ceil, lcm
 
-from core.cost_model import Link, Machine, Matrices
+from core.cost.model import Link, Machine, Matrices
 
-from .usage import UsageError
+from ..usage import UsageError
 
 
 @dataclass(frozen=True)

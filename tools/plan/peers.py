@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from core.cost_model import Cost, Machine, Matrices
+from core.cost.model import Cost, Machine, Matrices
 
 # Megatron-Core 0.19.2 with emerging-optimizers 0.3.0. Momentum, decay, casts and update are single eager passes: 90 bytes a
 # parameter. Temporary bytes for each entry of the largest matrix, measured.
@@ -12,7 +12,7 @@ PEERS = tuple(f"Megatron-Core {mode}" for mode in MEMORY)
 
 
 def predict_peer(name: str, matrices: Sequence[Matrices], machine: Machine, *, iterations: int = 5) -> Cost:
-    """A step of ``matrices``; as :func:`core.cost_model.predict`.
+    """A step of ``matrices``; as :func:`core.cost.model.predict`.
 
     Args:
         name: One of :data:`PEERS`. ``duplicated`` gathers every matrix in float32. ``distributed`` reduces a Gram matrix per

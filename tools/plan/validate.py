@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from core.cost_model import CostMode, Machine, Matrices, predict
-from core.machine import measure as measure_machine
+from core.cost.measure import measure as measure_machine
+from core.cost.model import CostMode, Machine, Matrices, predict
 from core.process_groups_config import ProcessGroupCollection
 
-from . import bench_cases as cases
-from .bench_measure import measure
-from .launch import Launch
-from .plan_arguments import ITEMSIZE
-from .report import format_rows
-from .usage import UsageError
+from ..bench import cases as cases
+from ..bench.measure import measure
+from ..pretrain.launch import Launch
+from ..pretrain.report import format_rows
+from ..usage import UsageError
+from .arguments import ITEMSIZE
 
 COMPARED: tuple[CostMode, ...] = ("owner", "distributed", "duplicated", "blockwise")
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .report import Record, read_log
-from .usage import UsageError, refuse
+from ..pretrain.report import Record, read_log
+from ..usage import UsageError, refuse
 
 
 def plot_runs(runs: dict[str, list[Record]], out: Path) -> None:
@@ -64,7 +64,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UsageError as error:
         refuse(error, rank=0, program="plot")
     print(f"{options.out}: {', '.join(runs)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""The learning rate of a run, as a PNG: ``python -m tools.plot_schedule [flags of tools.pretrain] -o schedule.png``.
+"""The learning rate of a run, as a PNG: ``python -m tools.plot.schedule [flags of tools.pretrain] -o schedule.png``.
 
 All flags of the main job are taken, ``--config`` too; those of the schedule are drawn, without training anything:
-``python -m tools.plot_schedule --lr-decay-style WSD --train-iters 1000 --lr-warmup-iters 50 --min-lr 1e-5``.
+``python -m tools.plot.schedule --lr-decay-style WSD --train-iters 1000 --lr-warmup-iters 50 --min-lr 1e-5``.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from typing import Any
 
 from core.schedule import Phase, Schedule, make_schedule
 
-from .arguments import Arguments, parse_arguments
-from .schedule import (
+from ..pretrain.arguments import Arguments, parse_arguments
+from ..pretrain.schedule import (
     BEGINS,
     check_schedule,
     configured_start,
@@ -23,8 +23,8 @@ from .schedule import (
     phases_of_run,
     settings_of_run,
 )
-from .schedule_flags import ScheduleArguments
-from .usage import UsageError, refuse
+from ..pretrain.schedule_flags import ScheduleArguments
+from ..usage import UsageError, refuse
 
 POINTS = 2000
 NARROW = 0.035
@@ -88,7 +88,7 @@ def describe(parts: Sequence[Phase], schedule: Schedule, lr: float) -> list[str]
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.plot_schedule", description=__doc__, allow_abbrev=False, add_help=False
+        prog="python -m tools.plot.schedule", description=__doc__, allow_abbrev=False, add_help=False
     )
     parser.add_argument("-h", "--help", action="help", help="this; the flags of the schedule: tools.pretrain --help")
     parser.add_argument("-o", "--out", type=Path, default=Path("schedule.png"), help="picture (default: schedule.png)")

@@ -1,4 +1,4 @@
-"""One step of a pipeline as a picture, a row for each rank: ``python -m tools.plot_timeline trace.json -o timeline.png``.
+"""One step of a pipeline as a picture, a row for each rank: ``python -m tools.plot.timeline trace.json -o timeline.png``.
 
 Prints for each rank how long its bubble at the end of the step was, its optimizer took, and how much of that lay inside.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .trace import CHUNKS
-from .usage import UsageError, refuse
+from ..pretrain.trace import CHUNKS
+from ..usage import UsageError, refuse
 
 COLOURS = {"forward": "#8fb8de", "backward": "#4a7fb5", "optimizer": "#d1495b", "gradients": "#edae49"}
 WAITING = "#d9d9d9"
@@ -132,7 +132,7 @@ def table(spans: Sequence[Span]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.plot_timeline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.plot.timeline", description=__doc__)
     parser.add_argument(
         "traces", nargs="+", type=Path, metavar="TRACE", help="what --trace wrote; several: below each other"
     )

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from core.optimizer.emerging_optimizers import get_supported_coefficient_types, list_optimizers, settings_of
-from core.optimizer.settings import Setting
-from core.optimizer.weight_decay import METHODS
+from core.optimizer.steps.constructor_settings import Setting
+from core.optimizer.steps.weight_decay import METHODS
 
+from ..usage import UsageError, nearest
 from .flags import NOT_NEGATIVE, POSITIVE, SHARE, Flag, count, number, switch, text, words
 from .model import NORMALIZATIONS
 from .parallel import SCHEDULES
 from .schedule_flags import ScheduleArguments
-from .usage import UsageError, nearest
 from .yaml_file import read_yaml
 
 TP_MODES = ("blockwise", "duplicated", "distributed", "owner", "auto")
@@ -158,7 +158,7 @@ class Arguments(ScheduleArguments):
     ckpt_format: str = text("torch_dist", "format of checkpoints", ("torch_dist",))
     log_dir: str | None = text(None, "directory of log.csv and log.jsonl")
     log_interval: int = count(1, "steps between logged lines")
-    trace: str | None = text(None, "file for a Chrome trace of the last three steps, for tools.plot_timeline")
+    trace: str | None = text(None, "file for a Chrome trace of the last three steps, for tools.plot.timeline")
     config: str | None = text(None, "YAML file of these flags, with underscores; the command line wins")
 
     # settings of optimizers that are no field above: those that were given

@@ -9,8 +9,8 @@ from core import engine
 from core.faults import FaultError, Guard, Verdict
 from core.optimizer.chained import ChainedOptimizer
 from core.optimizer.clip import begin_norm, clip_factor
-from core.optimizer.speculative import SpeculativeStep
-from core.placements import local_gradient
+from core.optimizer.speculative_step import SpeculativeStep
+from core.sharding.parameter_layout import local_gradient
 
 
 class BubbleStep:

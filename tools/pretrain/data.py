@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .usage import UsageError
+from ..usage import UsageError
 
 EOD = 256  # follows every document; the bytes are 0 to 255
 FLAG = "--data-path"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .usage import UsageError, nearest
+from ..usage import UsageError, nearest
 
 Choices = Sequence[str] | Callable[[], Sequence[str]]
 

@@ -30,7 +30,7 @@ SILENT_S = 2.0
 """A rank without a beat for so long is dead, or stopped."""
 GRACE_S = 3.0
 """How long one whose collective failed looks at the others: those that wait, too, notice at about the same time."""
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 
 class LostRankError(RuntimeError):
@@ -289,7 +289,7 @@ def _frames_of(error: BaseException) -> Frames:
 
 
 def _place(frames: Frames) -> str:
-    """``all_reduce from tools/parallel.py:304 in _sum``: the call into torch.distributed, and the line of ours it comes from."""
+    """``all_reduce from tools/pretrain/parallel.py:304 in _sum``: the call, and the line of ours it comes from."""
     call = ""
     for file, line, function in frames:
         path = Path(file)

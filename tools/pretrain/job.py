@@ -26,23 +26,23 @@ from torch.distributed.rendezvous import rendezvous
 from core.checkpoint import Background, CheckpointError
 from core.faults import FaultError, Guard, Verdict, check_state
 from core.optimizer.clip import global_norm
-from core.optimizer.early import EarlyStep
-from core.optimizer.sophia import Sophia
+from core.optimizer.early_step import EarlyStep
+from core.optimizer.rules.sophia import Sophia
 from core.process_groups_config import ProcessGroupCollection
 
+from ..usage import EXIT_CODE, UsageError, refuse
 from . import resume
 from .arguments import Arguments, flag_of, parse_arguments
-from .bubble import BubbleStep
+from .bubble_step import BubbleStep
 from .data import Corpus, load_corpus, split_samples
 from .exits import SIGNALS, Exits
 from .heartbeat import GRACE_S, Heartbeat, LostRankError, meet
 from .launch import Launch, Machine
 from .parallel import Engine, build_mesh
+from .param_rules import build_optimizer, check_rules
 from .report import Progress, Record, RunLog, startup_table
-from .rules import build_optimizer, check_rules
 from .schedule import begun, decay_start, make_scheduler, tell_decay
 from .trace import Trace
-from .usage import EXIT_CODE, UsageError, refuse
 from .validation import Plan, check_device, gpt_config, validate
 
 START = timedelta(minutes=5)
@@ -386,7 +386,3 @@ def gather[T](mine: list[T]) -> list[T]:
     lists: list[list[T] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, mine)
     return [item for items in lists for item in items or []]
-
-
-if __name__ == "__main__":
-    main()

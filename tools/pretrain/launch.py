@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .usage import UsageError
+from ..usage import UsageError
 
 _LAUNCH_HINT = (
     "start it with `torchrun --nproc-per-node N -m tools.pretrain ...`, or for one process without these variables"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .usage import UsageError
+from ..usage import UsageError
 
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 INIT_STD = 0.02

@@ -18,8 +18,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from ..usage import UsageError
 from .model import GPT, GPTConfig, build_gpt, pipeline_stages, tag_parameters
-from .usage import UsageError
 
 type Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 

@@ -14,10 +14,10 @@ from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers, t
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from core.process_groups_config import ProcessGroupCollection
 
+from ..usage import UsageError, nearest
 from .arguments import Arguments, flag_of
 from .model import GPT, GPTConfig, tag_parameters
 from .schedule import configured_start, make_scheduler
-from .usage import UsageError, nearest
 
 FLAG = "--param-override"
 KEYS = ("optimizer", "lr", "min_lr", "lr_mult", "weight_decay", "wd_mult", "momentum", "eps")

@@ -19,8 +19,8 @@ from core.schedule import (
     settings_of,
 )
 
+from ..usage import UsageError
 from .schedule_flags import MEGATRONS, TAKEN, ScheduleArguments
-from .usage import UsageError
 
 BEGINS = {"WSD": "start_decay", "infinite": "start_annealing"}
 """Styles whose decay can begin when a run is resumed, and the flag that says so."""

@@ -1,4 +1,4 @@
-"""What each rank does when, as a Chrome trace: open it in chrome://tracing or Perfetto, or draw it with tools.plot_timeline."""
+"""What each rank does when, as a Chrome trace: open it in chrome://tracing or Perfetto, or draw it with tools.plot.timeline."""
 
 import json
 import time

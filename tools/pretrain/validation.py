@@ -4,12 +4,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..usage import UsageError
 from .arguments import Arguments, flag_of
 from .launch import Launch, Machine
 from .model import GPTConfig
 from .parallel import check_layout
 from .schedule import check_schedule
-from .usage import UsageError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from .usage import UsageError
+from ..usage import UsageError
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..placements import local
-from .checks import choice
-from .sharded_optimizer import ShardedStep
+from ...sharding.parameter_layout import local
+from ..steps.argument_checks import choice
+from ..steps.base import ShardedStep
 
 Tensors = Mapping[str, Tensor]
 """Parameter name → tensor: this rank's shard with Megatron's attributes, or a DTensor."""

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..process_groups_config import ProcessGroupCollection
-from .emerging_optimizers import _entry, get_optimizer, register_optimizer
-from .functional import FunctionalOptimizer, Schedule
-from .optimizer_config import OptimizerConfig
-from .routing import Mask, Overrides
+from ...process_groups_config import ProcessGroupCollection
+from ..emerging_optimizers import _entry, get_optimizer, register_optimizer
+from ..optimizer_config import OptimizerConfig
+from ..routing import Mask, Overrides
+from .as_functions import FunctionalOptimizer, Schedule
 from .stage_local import (
     StageLocalGradientTransformation,
     StageLocalOptimizerMetadata,

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..process_groups_config import ProcessGroupCollection
-from .functional import FunctionalOptimizer, Gradients, OptimizerState, Schedule, Tensors
-from .routing import Mask
+from ...process_groups_config import ProcessGroupCollection
+from ..routing import Mask
+from .as_functions import FunctionalOptimizer, Gradients, OptimizerState, Schedule, Tensors
 from .transformations import Transformation, clipped, free
 
 ApplyFn = Callable[..., tuple[dict[str, Tensor], Any]]

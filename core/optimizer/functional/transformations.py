@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..placements import layout_of, local
-from ..process_groups_config import ProcessGroupCollection
-from .checks import whole_number
-from .clip import Entry, norm_and_factor, norm_domain
-from .functional import FunctionalOptimizer, Gradients, Tensors, as_parameter
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.parameter_layout import layout_of, local
+from ..clip import Entry, norm_and_factor, norm_domain
+from ..steps.argument_checks import whole_number
+from .as_functions import FunctionalOptimizer, Gradients, Tensors, as_parameter
 
 
 class Transformation(Protocol):

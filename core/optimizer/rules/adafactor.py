@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Layout, Rule
-from ..precision.stochastic_rounding import stochastic_round
-from ..process_groups_config import ProcessGroupCollection
-from ..random import Key, bits
-from ..state import StateSpec
-from .buckets import RuleFunction
-from .checks import choice, fraction, non_negative, positive
-from .factored import (
+from ...philox import Key, bits
+from ...precision.stochastic_rounding import stochastic_round
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import choice, fraction, non_negative, positive
+from ..steps.base import ShardedStep
+from ..steps.stacked import RuleFunction
+from .parts.factored import (
     Factoring,
     Scaling,
     flattened,
@@ -26,8 +27,7 @@ from .factored import (
     square_sums,
     two_largest,
 )
-from .moments import per_parameter
-from .sharded_optimizer import ShardedStep
+from .parts.moments import per_parameter
 
 Variant = Literal["optax", "torch", "forgather"]
 

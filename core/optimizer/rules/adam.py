@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
-from .checks import choice, fraction, non_negative
-from .elementwise import ElementwiseStep, States
-from .fused_adam import fused_adam_
-from .weight_decay import decay_
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import choice, fraction, non_negative
+from ..steps.elementwise import ElementwiseStep, States
+from ..steps.weight_decay import decay_
+from .parts.fused_adam import fused_adam_
 
 MU_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """Names of the dtypes in which a mean of gradients can be kept; None: the parameter's, but at least float32."""

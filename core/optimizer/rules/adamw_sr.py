@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..placements import local, local_gradient
-from ..precision.stochastic_rounding import stochastic_round
-from ..process_groups_config import ProcessGroupCollection
-from ..random import Key, bits
-from ..state import StateSpec
+from ...philox import Key, bits
+from ...precision.stochastic_rounding import stochastic_round
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.parameter_layout import local, local_gradient
+from ...sharding.state import StateSpec
+from ..steps.elementwise import ElementwiseStep, States
+from ..steps.weight_decay import decay_
 from .adam import bias_corrections, check_adam, denominators, mean_square_
-from .elementwise import ElementwiseStep, States
-from .weight_decay import decay_
 
 
 class AdamWSR(ElementwiseStep, Optimizer):  # type: ignore[misc]

@@ -8,15 +8,15 @@ from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..layout import Layout, Rule
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
-from . import orthogonal
-from .auto import Rates
-from .buckets import RuleFunction
-from .checks import choice, fraction, non_negative
-from .muon import TensorParallelMode, TensorParallelMuon
-from .sharded_optimizer import ShardedStep
+from ...cost.auto import Rates
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import choice, fraction, non_negative
+from ..steps.base import ShardedStep
+from ..steps.stacked import RuleFunction
+from . import muon as orthogonal
+from .tensor_parallel_muon import TensorParallelMode, TensorParallelMuon
 
 
 class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):

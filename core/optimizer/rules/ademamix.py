@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import non_negative
+from ..steps.elementwise import ElementwiseStep, States
+from ..steps.weight_decay import decay_
 from .adam import bias_corrections, check_adam, denominators, mean_square_
-from .checks import non_negative
-from .elementwise import ElementwiseStep, States
-from .weight_decay import decay_
 
 
 class AdEMAMix(ElementwiseStep, Optimizer):  # type: ignore[misc]

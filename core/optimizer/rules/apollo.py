@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Layout, Rule
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import choice, non_negative, whole_number
+from ..steps.base import ShardedStep
+from ..steps.stacked import RuleFunction
 from .adam import check_adam
-from .buckets import RuleFunction
-from .checks import choice, non_negative, whole_number
-from .moments import bias_correction
-from .projectors import Drawn, Orthonormalize, Projector, Sides, projection, projection_specs
-from .sharded_optimizer import ShardedStep
+from .parts.moments import bias_correction
+from .parts.projectors import Drawn, Orthonormalize, Projector, Sides, projection, projection_specs
 
 GROWTH = 1.01
 """Largest growth of the update's norm from step to step."""

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Layout, Rule
-from ..process_groups_config import ProcessGroupCollection
-from ..random import Key, normal
-from ..state import StateSpec
+from ...philox import Key, normal
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import choice, non_negative
+from ..steps.base import ShardedStep
+from ..steps.stacked import RuleFunction
 from .adam import check_adam
-from .buckets import RuleFunction
-from .checks import choice, non_negative
-from .moments import per_parameter
-from .sharded_optimizer import ShardedStep
+from .parts.moments import per_parameter
 
 VARIANTS = ("paper", "entropy")
 

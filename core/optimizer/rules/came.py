@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Layout, Rule
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
-from .buckets import RuleFunction
-from .checks import fraction, non_negative, positive
-from .factored import Scaling, SquareSums, inverse_root, inverse_roots, keep_new_, last_two, square_sums
-from .sharded_optimizer import ShardedStep
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import fraction, non_negative, positive
+from ..steps.base import ShardedStep
+from ..steps.stacked import RuleFunction
+from .parts.factored import Scaling, SquareSums, inverse_root, inverse_roots, keep_new_, last_two, square_sums
 
 
 class Came(ShardedStep, Optimizer):  # type: ignore[misc]

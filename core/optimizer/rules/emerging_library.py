@@ -12,7 +12,7 @@ from emerging_optimizers.utils import SinkhornMapper
 from torch import nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .library import LibraryStep, on_whole_tensors
+from ..steps.torch_class import LibraryStep, on_whole_tensors
 
 
 class MappedSinkhornMuon(SinkhornMuon):

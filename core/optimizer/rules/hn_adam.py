@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Layout, Rule
-from ..process_groups_config import ProcessGroupCollection
-from ..random import Key, uniform
-from ..state import StateSpec
+from ...philox import Key, uniform
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import choice, non_negative
+from ..steps.base import ShardedStep
+from ..steps.stacked import RuleFunction
 from .adam import check_adam
-from .buckets import RuleFunction
-from .checks import choice, non_negative
-from .fused_adam import SPECS, adam_step_
-from .sharded_optimizer import ShardedStep
+from .parts.fused_adam import SPECS, adam_step_
 
 VARIANTS = ("paper", "trustformers")
 THRESHOLD, LEAST = 0.1, 0.1

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Layout, Rule
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.state import StateSpec
+from ..clip import GlobalClip
+from ..steps.argument_checks import fraction, non_negative, positive
+from ..steps.base import ShardedStep
+from ..steps.stacked import RuleFunction
 from .adam import check_adam
-from .buckets import RuleFunction
-from .checks import fraction, non_negative, positive
-from .clip import GlobalClip
-from .factored import keep_new_
-from .fused_adam import SPECS, adam_step_
-from .sharded_optimizer import ShardedStep
+from .parts.factored import keep_new_
+from .parts.fused_adam import SPECS, adam_step_
 
 
 def trust_ratio(norm: Tensor, other: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.state import StateSpec
+from ..steps.elementwise import ElementwiseStep, States
+from ..steps.weight_decay import decay_
 from .adam import MU_DTYPES, check_adam, check_mu_dtype
-from .elementwise import ElementwiseStep, States
-from .weight_decay import decay_
 
 
 class Lion(ElementwiseStep, Optimizer):  # type: ignore[misc]

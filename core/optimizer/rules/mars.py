@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..layout import Layout, Rule
-from ..placements import local
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.parameter_layout import local
+from ...sharding.state import StateSpec
+from ..clip import GlobalClip
+from ..steps.argument_checks import choice, non_negative
+from ..steps.stacked import RuleFunction
 from .adam import check_adam
-from .buckets import RuleFunction
-from .checks import choice, non_negative
-from .clip import GlobalClip
-from .factored import blocks, keep_new_
-from .fused_adam import SPECS, adam_step_
+from .parts.factored import blocks, keep_new_
+from .parts.fused_adam import SPECS, adam_step_
 
 CLIPS = ("global", "tensor")
 

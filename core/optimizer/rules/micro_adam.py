@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..process_groups_config import ProcessGroupCollection
+from ...process_groups_config import ProcessGroupCollection
+from ..steps.argument_checks import positive, whole_number
+from ..steps.weight_decay import decay_
+from ..steps.whole_tensor import WholeMode, WholeState, WholeStep
 from .adam import check_adam
-from .checks import positive, whole_number
-from .weight_decay import decay_
-from .whole import WholeMode, WholeState, WholeStep
 
 LEVELS = 15
 """Steps between the smallest and the largest value of a block in 4 bits."""

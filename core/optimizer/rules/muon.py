@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..layout import Layout, Mode, Rule
-from ..linalg.newton_schulz import flops
-from ..linalg.precision import compute_dtype
-from ..on_matrix import Deferred, MatrixRule, on_matrix
-from ..state import StateSpec
-from .blocks import row_blocks
+from ...linalg.matmul_precision import compute_dtype
+from ...linalg.newton_schulz import flops
+from ...sharding.layout import Layout, Mode, Rule
+from ...sharding.state import StateSpec
+from ...sharding.tp_modes import Deferred, MatrixRule, on_matrix
+from ..steps.cache_blocks import row_blocks
 
 Group = Mapping[str, Any]
 Scale = Callable[[int, int], float]

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..layout import Layout, Rule
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
-from .auto import Rates
-from .buckets import RuleFunction
-from .checks import non_negative
-from .moments import bias_correction
-from .muon import TensorParallelMode, TensorParallelMuon
+from ...cost.auto import Rates
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import non_negative
+from ..steps.stacked import RuleFunction
+from .parts.moments import bias_correction
+from .tensor_parallel_muon import TensorParallelMode, TensorParallelMuon
 
 
 class OptaxMuon(TensorParallelMuon):

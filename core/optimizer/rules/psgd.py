@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..linalg.roots import norm_lower_bound, rotate_towards_symmetry
-from ..process_groups_config import ProcessGroupCollection
-from ..random import Key, normal
-from .checks import choice, fraction, non_negative, positive, whole_number
-from .kronecker import STEP
-from .weight_decay import decay_
-from .whole import WholeMode, WholeState, WholeStep
+from ...linalg.roots import norm_lower_bound, rotate_towards_symmetry
+from ...philox import Key, normal
+from ...process_groups_config import ProcessGroupCollection
+from ..steps.argument_checks import choice, fraction, non_negative, positive, whole_number
+from ..steps.weight_decay import decay_
+from ..steps.whole_tensor import WholeMode, WholeState, WholeStep
+from .shampoo_soap import STEP
 
 BETA_LIPSCHITZ = 0.95
 """Decay of the running bound on the curvature of a factor's objective."""

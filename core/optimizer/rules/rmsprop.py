@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import choice, fraction, non_negative
+from ..steps.elementwise import ElementwiseStep, States
+from ..steps.weight_decay import decay_
 from .adam import denominators, mean_square_
-from .checks import choice, fraction, non_negative
-from .elementwise import ElementwiseStep, States
-from .weight_decay import decay_
 
 DECAYS = {"optax": 0.9, "torch": 0.99}
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..engine import Work
-from ..placements import local
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
+from ...engine import Work
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.parameter_layout import local
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import non_negative
+from ..steps.elementwise import ElementwiseStep, States
+from ..steps.weight_decay import METHOD, decay_, equivalent
 from .adam import check_adam, denominators, mean_square_
-from .checks import non_negative
-from .elementwise import ElementwiseStep, States
-from .weight_decay import METHOD, decay_, equivalent
 
 
 class ScheduleFree(ElementwiseStep, Optimizer):  # type: ignore[misc]

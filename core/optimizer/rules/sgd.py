@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
-from .checks import fraction, non_negative
-from .elementwise import ElementwiseStep, States
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import fraction, non_negative
+from ..steps.elementwise import ElementwiseStep, States
 
 
 class SGD(ElementwiseStep, Optimizer):  # type: ignore[misc]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..linalg.roots import eigen, inverse_root
-from ..process_groups_config import ProcessGroupCollection
-from .checks import choice, fraction, non_negative, positive, whole_number
-from .weight_decay import decay_
-from .whole import WholeMode, WholeState, WholeStep
+from ...linalg.roots import eigen, inverse_root
+from ...process_groups_config import ProcessGroupCollection
+from ..steps.argument_checks import choice, fraction, non_negative, positive, whole_number
+from ..steps.weight_decay import decay_
+from ..steps.whole_tensor import WholeMode, WholeState, WholeStep
 
 Graft = Literal["none", "sgd", "adagrad"]
 

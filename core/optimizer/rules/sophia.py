@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..placements import check_gradient, local, local_gradient
-from ..process_groups_config import ProcessGroupCollection
-from ..random import Key, rademacher
-from ..state import StateSpec
+from ...philox import Key, rademacher
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.parameter_layout import check_gradient, local, local_gradient
+from ...sharding.state import StateSpec
+from ..steps.argument_checks import choice, non_negative
+from ..steps.elementwise import ElementwiseStep, States
+from ..steps.stacked import as_state
+from ..steps.weight_decay import decay_
 from .adam import check_adam
-from .buckets import as_state
-from .checks import choice, non_negative
-from .elementwise import ElementwiseStep, States
-from .weight_decay import decay_
 
 Products = Sequence[Tensor | None]
 

@@ -15,21 +15,21 @@ from emerging_optimizers.orthogonalized_optimizers import (
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .. import engine
-from ..layout import Layout, Rule
-from ..linalg.autotune import Plan, plan_for
-from ..linalg.newton_schulz import coefficients, flops, newton_schulz
-from ..linalg.precision import compute_dtype
-from ..on_matrix import Deferred, travels
-from ..placements import layout_of, local
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec
-from . import orthogonal
-from .auto import Choice, Rates, by_name, choices
-from .blocks import row_blocks
-from .buckets import RuleFunction
-from .checks import choice, fraction, non_negative
-from .sharded_optimizer import ShardedStep
+from ... import engine
+from ...cost.auto import Choice, Rates, by_name, choices
+from ...linalg.autotune import Plan, plan_for
+from ...linalg.matmul_precision import compute_dtype
+from ...linalg.newton_schulz import coefficients, flops, newton_schulz
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.parameter_layout import layout_of, local
+from ...sharding.state import StateSpec
+from ...sharding.tp_modes import Deferred, travels
+from ..steps.argument_checks import choice, fraction, non_negative
+from ..steps.base import ShardedStep
+from ..steps.cache_blocks import row_blocks
+from ..steps.stacked import RuleFunction
+from . import muon as orthogonal
 
 TensorParallelMode = Literal["blockwise", "duplicated", "distributed", "owner", "auto"]
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
@@ -59,7 +59,7 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         scale_mode: ``shape_scaling``, ``spectral`` or ``unit_rms_norm``.
         extra_scale_factor: Another factor of the update.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
-        tp_mode: How shards come together (:func:`core.on_matrix.on_matrix`); all but ``blockwise`` are exact. ``auto``: for each
+        tp_mode: How shards come together (:func:`~.tp_modes.on_matrix`); all but ``blockwise`` are exact. ``auto``: for each
             matrix the exact mode that is predicted to take the least time (:mod:`.auto`).
         ns_plan: Which variant of Newton-Schulz whole matrices of a shape take (:mod:`core.linalg.variants`): ``static``: by rule;
             ``tune``: the fastest of those that are as exact, measured once and cached; or the file of such a plan.

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import engine
-from ..layout import Layout, Rule
-from ..placements import check_gradient, layout_of, local
-from ..process_groups_config import ProcessGroupCollection
-from ..state import StateSpec, sizes
-from .buckets import Bucket, RuleFunction, bucket_size
-from .settings import constructor_arguments
+from ... import engine
+from ...process_groups_config import ProcessGroupCollection
+from ...sharding.layout import Layout, Rule
+from ...sharding.parameter_layout import check_gradient, layout_of, local
+from ...sharding.state import StateSpec, sizes
+from .constructor_settings import constructor_arguments
+from .stacked import Bucket, RuleFunction, bucket_size
 from .weight_decay import METHOD, check_method
 
 

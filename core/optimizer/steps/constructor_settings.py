@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from .checks import choice
+from .argument_checks import choice
 
 ELSEWHERE = ("self", "params", "lr", "weight_decay", "pg_collection")
 """Arguments that have no setting of their own: every optimizer is given them in the same way."""

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Work
-from ..layout import Layout, Rule
-from ..placements import local, local_gradient
-from ..state import StateSpec
-from .blocks import BLOCK_BYTES
-from .buckets import as_state
-from .sharded_optimizer import ShardedStep, check_gradients
+from ...engine import Work
+from ...sharding.layout import Layout, Rule
+from ...sharding.parameter_layout import local, local_gradient
+from ...sharding.state import StateSpec
+from .base import ShardedStep, check_gradients
+from .cache_blocks import BLOCK_BYTES
+from .stacked import as_state
 from .weight_decay import decay_first_
 
 States = Mapping[str, list[Tensor]]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ..layout import Layout, Rule
-from ..placements import local, local_gradient
-from ..state import StateSpec
+from ...sharding.layout import Layout, Rule
+from ...sharding.parameter_layout import local, local_gradient
+from ...sharding.state import StateSpec
 from .weight_decay import decay_first_
 
 STACK_BYTES = {"cpu": 2**18}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .. import engine
-from ..process_groups_config import ProcessGroupCollection
-from ..random import Key
-from .checks import choice, non_negative
-from .settings import constructor_arguments, settings
+from ... import engine
+from ...philox import Key
+from ...process_groups_config import ProcessGroupCollection
+from .argument_checks import choice, non_negative
+from .constructor_settings import constructor_arguments, settings
 from .weight_decay import METHOD
-from .whole import Unit, WholeMode, WholeState, WholeStep
+from .whole_tensor import Unit, WholeMode, WholeState, WholeStep
 
 Initialise = Callable[[Any, nn.Parameter], dict[str, Any]]
 """``initialise(optimizer, p)``: the state of ``p`` before the first step: tensors, numbers, or lists of them, by name."""

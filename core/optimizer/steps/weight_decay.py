@@ -7,7 +7,7 @@ import torch
 from emerging_optimizers.mixin import WeightDecayT
 from torch import Tensor
 
-from .checks import choice
+from .argument_checks import choice
 
 METHOD = "weight_decay_method"
 """Setting of a parameter group that asks for one of :data:`METHODS` in place of the optimizer's own weight decay."""

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..engine import Work
-from ..layout import Layout, Move, Placement, Rule, Split
-from ..on_matrix import Deferred, shard_of
-from ..placements import layout_of, local, local_gradient
-from ..process_groups_config import Axis, Domain
-from ..state import sizes
-from .checks import choice
-from .sharded_optimizer import ShardedStep, Travelling, check_gradients
+from ...engine import Work
+from ...process_groups_config import Axis, Domain
+from ...sharding.layout import Layout, Move, Placement, Rule, Split
+from ...sharding.parameter_layout import layout_of, local, local_gradient
+from ...sharding.state import sizes
+from ...sharding.tp_modes import Deferred, shard_of
+from .argument_checks import choice
+from .base import ShardedStep, Travelling, check_gradients
 from .weight_decay import decay_first_
 
 WholeMode = Literal["owner", "duplicated"]

@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..layout import Layout, Reduce, Rule
-from ..state import StateSpec
+from ....sharding.layout import Layout, Reduce, Rule
+from ....sharding.state import StateSpec
 
 BLOCK = {"cpu": 2**18}
 """Entries of a block by device; elsewhere a shard is one block."""

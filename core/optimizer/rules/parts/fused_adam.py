@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from ..state import StateSpec
+from ....sharding.state import StateSpec
 
 SPECS = {"step": StateSpec("", dtype=torch.float32), "exp_avg": StateSpec("*"), "exp_avg_sq": StateSpec("*")}
 """The state that :func:`adam_step_` works on."""

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..layout import Layout, Rule
-from ..random import Key, normal
-from ..state import StateSpec
+from ....philox import Key, normal
+from ....sharding.layout import Layout, Rule
+from ....sharding.state import StateSpec
 
 Projector = Literal["normal", "orthogonal", "online_pca"]
 Orthonormalize = Literal["none", "qr", "norm"]

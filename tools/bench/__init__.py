@@ -1,0 +1,1 @@
+"""Benchmarks: the step of these optimizers beside those of other packages."""

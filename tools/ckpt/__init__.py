@@ -1,0 +1,1 @@
+"""Inspect, verify, compare, reshard and convert checkpoints."""

@@ -1,0 +1,1 @@
+"""Megatron-Core's optimizers and these, case by case."""

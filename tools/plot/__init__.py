@@ -1,0 +1,1 @@
+"""Pictures: losses, schedules and timelines."""

@@ -1,0 +1,1 @@
+"""The training job: a GPT on real text, with tensor, pipeline and data parallelism."""
