@@ -7,7 +7,8 @@ from torch import Tensor
 
 from core import engine
 from core.process_groups_config import Domain, ProcessGroupCollection
-from core.sharding.layout import Deal, Layout, Split
+from core.sharding.layout import Layout, Split
+from core.sharding.requests import Deal
 
 
 def rows(world, whole: Tensor) -> tuple[Tensor, Layout]:

@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from core.engine.exchange import exchange
 from core.process_groups_config import Axis, ProcessGroupCollection
-from core.sharding.layout import Layout, Move, Split
+from core.sharding.layout import Layout, Split
 from core.sharding.parameter_layout import layout_of
 from core.sharding.ranges import chunk, merge, overlap, repeat, total
+from core.sharding.requests import Move
 
 cuts = st.lists(st.integers(0, 30), min_size=2, max_size=8).map(sorted)
 ranges = cuts.map(lambda c: merge(zip(c[::2], c[1::2], strict=False)))

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..sharding.layout import Move, Placement
 from ..sharding.ranges import Overlap, overlap
+from ..sharding.requests import Move, Placement
 
 Block = tuple[Overlap, ...]
 """One rectangle that two ranks share, per dim: its position in the sender's shard, in the receiver's, and its length."""

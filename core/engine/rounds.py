@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..sharding.layout import Deal, Move, Op, Reduce, Rule
+from ..sharding.requests import Deal, Move, Op, Reduce, Rule
 from .environment import checks_ranks, wave_limit
 from .waves import Task, Wave, Work
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..sharding.layout import Deal, Move, Reduce, Request, Rule
+from ..sharding.requests import Deal, Move, Reduce, Request, Rule
 from .agreement import compare
 from .exchange import exchange
 

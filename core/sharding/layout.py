@@ -1,19 +1,18 @@
-"""Where a logical tensor lives, and what a rule may ask about the whole of it. Pure data: nothing here communicates."""
+"""Where a logical tensor lives, and the requests about the whole of it that a rule may make. Nothing here communicates."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ..process_groups_config import TEAM, Axis, Domain
 from .ranges import Ranges, chunk, merge, overlap, total
+from .requests import Op, Placement, Reduce
 
-Op = Literal["sum", "max"]
 Mode = Literal["blockwise", "duplicated", "distributed", "owner"]
 
 
@@ -113,31 +112,31 @@ class Layout:
 
     # Requests. Reduced dims are kept with size 1; no dims means all.
 
-    def sum(self, x: Tensor, *dims: int) -> "Reduce":
+    def sum(self, x: Tensor, *dims: int) -> Reduce:
         """Sum of ``x`` over ``dims`` of the whole tensor."""
         over = self._dims(dims)
         # To torch, no dims means all, the stack's too.
         return self._reduce(x.sum(over, keepdim=True) if over else x, "sum", dims)
 
-    def amax(self, x: Tensor, *dims: int) -> "Reduce":
+    def amax(self, x: Tensor, *dims: int) -> Reduce:
         """Largest entry of ``x`` over ``dims`` of the whole tensor."""
         over = self._dims(dims)
         return self._reduce(x.amax(over, keepdim=True) if over else x, "max", dims)
 
-    def mean(self, x: Tensor, *dims: int) -> "Reduce":
+    def mean(self, x: Tensor, *dims: int) -> Reduce:
         """Mean of ``x`` over ``dims`` of the whole tensor."""
         count = prod(self.shape[d] for d in self._dims(dims))
         return replace(self.sum(x, *dims), finish=lambda s: s / count)
 
-    def norm(self, x: Tensor, *dims: int) -> "Reduce":
+    def norm(self, x: Tensor, *dims: int) -> Reduce:
         """Euclidean norm of ``x`` over ``dims`` of the whole tensor."""
         return replace(self._sum_of_squares(x, dims), finish=torch.sqrt)
 
-    def rms(self, x: Tensor, *dims: int) -> "Reduce":
+    def rms(self, x: Tensor, *dims: int) -> Reduce:
         """Root mean square of ``x`` over ``dims`` of the whole tensor."""
         return replace(self._sum_of_squares(x, dims), finish=lambda s: (s / self._count(dims)).sqrt())
 
-    def across(self, x: Tensor, *dims: int) -> "Reduce":
+    def across(self, x: Tensor, *dims: int) -> Reduce:
         """Sum over the ranks that split ``dims`` of what each computed from its shard; (B, ...), the same shape on all."""
         return self._reduce(x, "sum", dims)
 
@@ -190,7 +189,7 @@ class Layout:
     # Placements for requests that move shards between ranks.
 
     @cached_property
-    def placement(self) -> "Placement":
+    def placement(self) -> Placement:
         """Who holds what in :attr:`domain`. A copy reads from the shards that share its position on the copy axes."""
         assert self.domain is not None
         split_axes = {axis.name for axis in self.axes}
@@ -211,7 +210,7 @@ class Layout:
         return Placement(self.domain, boxes, sources)
 
     @cached_property
-    def owners(self) -> "tuple[Placement, ...]":
+    def owners(self) -> tuple[Placement, ...]:
         """For each rank of the domain, or each team, the placement that has the whole tensor there and nothing elsewhere."""
         assert self.domain is not None
         size, team = self.domain.size, self.domain.team_size
@@ -235,7 +234,7 @@ class Layout:
         return Layout.whole(self.shape) if self.domain.team is None else self._recut_over(self.domain.team)
 
     @cached_property
-    def everywhere(self) -> "Placement":
+    def everywhere(self) -> Placement:
         """The placement that has the whole tensor on every rank."""
         assert self.domain is not None
         box = tuple(((0, n),) for n in self.shape)
@@ -267,7 +266,7 @@ class Layout:
         split = self.splits[dim]
         return ((0, self.shape[dim]),) if split is None else split.held[split.axis.index]
 
-    def _sum_of_squares(self, x: Tensor, dims: tuple[int, ...]) -> "Reduce":
+    def _sum_of_squares(self, x: Tensor, dims: tuple[int, ...]) -> Reduce:
         # Row by row: one pass over x, and no float32 sum of millions of squares in one go, which loses its third digit.
         if -1 in self._dims(dims):
             x = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -279,89 +278,7 @@ class Layout:
     def _dims(self, dims: tuple[int, ...]) -> tuple[int, ...]:
         return dims or tuple(range(-self.ndim, 0))
 
-    def _reduce(self, x: Tensor, op: Op, dims: tuple[int, ...]) -> "Reduce":
+    def _reduce(self, x: Tensor, op: Op, dims: tuple[int, ...]) -> Reduce:
         axes = [split.axis for split in (self.splits[d] for d in self._dims(dims)) if split is not None]
         groups = tuple(axis.group for axis in axes if axis.group is not None)
         return Reduce(x, op, groups, team=any(axis.name == TEAM for axis in axes))
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """Which part of a whole tensor each rank of a domain holds.
-
-    Attributes:
-        domain: The ranks.
-        boxes: Per rank, the indices it holds of each dim; None for nothing.
-        sources: Per rank that wants some of the tensor, the ranks that together hold one copy of it.
-    """
-
-    domain: Domain
-    boxes: tuple[tuple[Ranges, ...] | None, ...]
-    sources: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def shared(self) -> dict[Any, Any]:
-        """What :mod:`core.engine.exchange` has found out about ways from here, to find it out once."""
-        return {}
-
-    @cached_property
-    def entries(self) -> tuple[int, ...]:
-        """How many entries each rank holds."""
-        return tuple(0 if box is None else prod(total(ranges) for ranges in box) for box in self.boxes)
-
-    @property
-    def local_shape(self) -> tuple[int, ...] | None:
-        """Sizes of what this rank holds, or None."""
-        box = self.boxes[self.domain.index]
-        return None if box is None else tuple(total(ranges) for ranges in box)
-
-
-@dataclass(frozen=True)
-class Reduce:
-    """Ask for ``finish`` of the reduction of ``x`` over ``groups``. The engine may overwrite ``x``.
-
-    ``team`` marks what the ranks of a team ask each other while the others of their domain do not.
-    """
-
-    x: Tensor
-    op: Op
-    groups: tuple[ProcessGroup, ...]
-    finish: Callable[[Tensor], Tensor] | None = None
-    team: bool = False
-
-
-@dataclass
-class Move:
-    """Ask for a stack of tensors in another placement; the answer is (B, *local shape), or None where it holds nothing.
-
-    Attributes:
-        x: (B, *local shape) of the source placement, or what writes it into a tensor of that shape, once; None where that
-            holds nothing.
-        batch: B.
-        src: Where the tensors are.
-        dst: Where they shall be.
-        dtype: Their dtype.
-        device: Their device.
-    """
-
-    x: "Tensor | Fill | None"
-    batch: int
-    src: Placement
-    dst: Placement
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Deal:
-    """Ask which rank of ``domain``, or which team, shall work on each of ``count`` matrices that cost ``cost`` each."""
-
-    domain: Domain
-    count: int
-    cost: float
-
-
-Fill = Callable[[Tensor], object]
-Request = Reduce | Move | Deal
-Rule = Generator[Any, Any, Any]
-"""Yields requests or other rules, or tuples or lists of them; is sent their answers in the same form; returns a result."""

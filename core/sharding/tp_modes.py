@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Deal, Fill, Layout, Mode, Move, Placement, Rule
+from .layout import Layout, Mode
+from .requests import Deal, Fill, Move, Placement, Rule
 
 MatrixRule = Callable[[Tensor, Layout], Rule]
 """``fn(x, layout)``: a rule on stacks (B, m, n) of shards; its result is laid out as ``x``, in the dtype of ``x``."""

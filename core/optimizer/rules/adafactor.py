@@ -10,7 +10,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ...philox import Key, bits
 from ...precision.stochastic_rounding import stochastic_round
 from ...process_groups_config import ProcessGroupCollection
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, fraction, non_negative, positive
 from ..steps.base import ShardedStep

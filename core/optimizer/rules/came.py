@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import fraction, non_negative, positive
 from ..steps.base import ShardedStep

@@ -9,7 +9,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ...philox import Key, uniform
 from ...process_groups_config import ProcessGroupCollection
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, non_negative
 from ..steps.base import ShardedStep

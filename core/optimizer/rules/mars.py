@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..clip import GlobalClip
 from ..steps.argument_checks import choice, non_negative

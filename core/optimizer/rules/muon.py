@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...linalg.matmul_precision import compute_dtype
 from ...linalg.newton_schulz import flops
-from ...sharding.layout import Layout, Mode, Rule
+from ...sharding.layout import Layout, Mode
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ...sharding.tp_modes import Deferred, MatrixRule, on_matrix
 from ..steps.cache_blocks import row_blocks

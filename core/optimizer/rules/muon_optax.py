@@ -9,7 +9,8 @@ from torch.optim.optimizer import ParamsT
 
 from ...cost.auto import Rates
 from ...process_groups_config import ProcessGroupCollection
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import non_negative
 from ..steps.stacked import RuleFunction

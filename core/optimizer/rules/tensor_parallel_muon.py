@@ -21,8 +21,9 @@ from ...linalg.autotune import Plan, plan_for
 from ...linalg.matmul_precision import compute_dtype
 from ...linalg.newton_schulz import coefficients, flops, newton_schulz
 from ...process_groups_config import ProcessGroupCollection
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
 from ...sharding.parameter_layout import layout_of, local
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ...sharding.tp_modes import Deferred, travels
 from ..steps.argument_checks import choice, fraction, non_negative

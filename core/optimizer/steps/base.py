@@ -10,8 +10,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import engine
 from ...process_groups_config import ProcessGroupCollection
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
 from ...sharding.parameter_layout import check_gradient, layout_of, local
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec, sizes
 from .constructor_settings import constructor_arguments
 from .stacked import Bucket, RuleFunction, bucket_size

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ...engine import Work
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local, local_gradient
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from .base import ShardedStep, check_gradients
 from .cache_blocks import BLOCK_BYTES

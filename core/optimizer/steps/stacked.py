@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ...sharding.layout import Layout, Rule
+from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local, local_gradient
+from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from .weight_decay import decay_first_
 

@@ -13,8 +13,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...engine import Work
 from ...process_groups_config import Axis, Domain
-from ...sharding.layout import Layout, Move, Placement, Rule, Split
+from ...sharding.layout import Layout, Split
 from ...sharding.parameter_layout import layout_of, local, local_gradient
+from ...sharding.requests import Move, Placement, Rule
 from ...sharding.state import sizes
 from ...sharding.tp_modes import Deferred, shard_of
 from .argument_checks import choice

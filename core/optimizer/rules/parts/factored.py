@@ -8,7 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ....sharding.layout import Layout, Reduce, Rule
+from ....sharding.layout import Layout
+from ....sharding.requests import Reduce, Rule
 from ....sharding.state import StateSpec
 
 BLOCK = {"cpu": 2**18}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ....philox import Key, normal
-from ....sharding.layout import Layout, Rule
+from ....sharding.layout import Layout
+from ....sharding.requests import Rule
 from ....sharding.state import StateSpec
 
 Projector = Literal["normal", "orthogonal", "online_pca"]
