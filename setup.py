@@ -1,4 +1,4 @@
-"""Installs the folder ``core`` under the name ``shardstep.core``; everything else stands in pyproject.toml."""
+"""Installs ``shardstep``, and the folder ``core`` as ``shardstep.core``; everything else stands in pyproject.toml."""
 
 from pathlib import Path
 
@@ -22,7 +22,8 @@ class BuildWithPathFile(build_py):
 
 
 setup(
-    packages=["shardstep.core", *(f"shardstep.core.{name}" for name in find_packages("core"))],
-    package_dir={"shardstep.core": "core"},
+    packages=["shardstep", "shardstep.core", *(f"shardstep.core.{name}" for name in find_packages("core"))],
+    package_dir={"shardstep": "shardstep", "shardstep.core": "core"},
+    package_data={"shardstep": ["*.pyi", "py.typed"], "shardstep.core": ["*.pyi", "py.typed"]},
     cmdclass={"build_py": BuildWithPathFile},
 )

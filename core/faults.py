@@ -14,7 +14,7 @@ from torch import Tensor
 from . import engine
 from .optimizer.chained import ChainedOptimizer
 from .optimizer.clip import NonFiniteGradientError
-from .process_groups_config import Axis, Domain, ProcessGroupCollection
+from .process_groups_config import gather
 from .sharding.parameter_layout import local, local_gradient
 
 NAMED = 3
@@ -117,7 +117,7 @@ class Guard:
         finite = math.isfinite(loss) and math.isfinite(norm)
         mine = (float(not finite), loss if finite else -math.inf, norm if finite else -math.inf)
         groups = self._optimizer.pg_collection
-        asked = _world() if total is None else groups.domain((groups.axis("dp"),))
+        asked = _world() if total is None else groups.domain((groups.axis("dp"),)).group
         broken, loss_of_all, norm_of_all = _largest(mine, self._optimizer, asked)
         if broken:
             reason = self._broken(step, loss)
@@ -209,9 +209,8 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
     return not largest or bool(torch.stack(largest).isfinite().all())
 
 
-def _largest(values: Sequence[float], optimizer: ChainedOptimizer, asked: Domain) -> list[float]:
-    """The largest of each over the ranks of ``asked``."""
-    group = asked.group
+def _largest(values: Sequence[float], optimizer: ChainedOptimizer, group: dist.ProcessGroup | None) -> list[float]:
+    """The largest of each over the ranks of ``group``; None stands for a single rank."""
     if group is None:
         return list(values)
     device = next((local(p).device for _, p, _ in optimizer.entries()), torch.device("cpu"))
@@ -222,8 +221,7 @@ def _largest(values: Sequence[float], optimizer: ChainedOptimizer, asked: Domain
 
 def _everywhere(mine: list[str]) -> list[tuple[int, str]]:
     """What all ranks found, with the rank."""
-    lists = ProcessGroupCollection().gather(_world(), mine)
-    return [(rank, text) for rank, texts in enumerate(lists) for text in texts]
+    return [(rank, text) for rank, texts in enumerate(gather(mine)) for text in texts]
 
 
 def _named(found: Sequence[tuple[int, str]]) -> str:
@@ -232,6 +230,5 @@ def _named(found: Sequence[tuple[int, str]]) -> str:
     return f"{named}{rest} {'are' if len(found) > 1 else 'is'} not finite"
 
 
-def _world() -> Domain:
-    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    return ProcessGroupCollection().domain((Axis.of("world", group),))
+def _world() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

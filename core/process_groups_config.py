@@ -74,6 +74,10 @@ class Domain:
         """Number of ranks."""
         return len(self.coords)
 
+    def gather[T](self, value: T) -> list[T]:
+        """``value`` of every rank, in group order; all of them must call. For set-up and errors: it is pickled."""
+        return [value] if self.group is None else gather(value, self.group)
+
     @property
     def team_size(self) -> int:
         """Ranks that work on one matrix together."""
@@ -148,13 +152,17 @@ class ProcessGroupCollection:
         ranks = domain.ranks[first : first + size]
         return replace(domain, team=Axis(TEAM, ranks, domain.index - first, group=_group_of(ranks, [domain.group])))
 
-    def gather(self, domain: Domain, value: Any) -> list[Any]:
-        """``value`` of every rank of ``domain``, in group order; for set-up and errors, it pickles."""
-        values: list[Any] = [value]
-        if domain.group is not None:
-            values *= domain.size
-            dist.all_gather_object(values, value, group=domain.group)
-        return values
+
+def gather[T](value: T, group: ProcessGroup | None = None) -> list[T]:
+    """``value`` of every rank of ``group``, or of the job for None, in rank order; it is pickled.
+
+    Without torch.distributed there is one rank.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def world_size() -> int:

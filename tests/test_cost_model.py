@@ -19,6 +19,7 @@ from core.linalg.matmul_precision import matmul_precision
 from core.linalg.newton_schulz import coefficients, newton_schulz
 from core.linalg.newton_schulz_cost import flops
 from core.process_groups_config import ProcessGroupCollection
+from core.sharding.dealing import deal_to_least
 from core.sharding.layout import Layout
 from tools.bench import cases as bench_cases
 from tools.bench.measure import count_collectives
@@ -152,7 +153,7 @@ def test_all_ranks_measure_the_same(world):
     groups = ProcessGroupCollection(tp=dist.group.WORLD)
     domain = groups.domain((groups.axis("tp"),))
     mine = measure(domain, torch.device("cpu"), torch.float32, precision="highest")
-    assert groups.gather(domain, mine) == [mine] * world.size
+    assert domain.gather(mine) == [mine] * world.size
     rates = (mine.flops, mine.memory, mine.gram_flops, mine.turned, mine.cached, mine.link.latency, mine.link.bandwidth)
     assert all(rate > 0 for rate in rates)
 
@@ -200,3 +201,12 @@ def test_nothing_to_choose_from():
 def test_a_matrix_for_many_ranks_is_not_left_to_one():
     (chosen,) = choose([Matrices(1, 8192, 32768, tp=8, itemsize=2)], H200)
     assert chosen[0] in ("team", "distributed")
+
+
+@given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=30), ranks=st.integers(1, 6))
+def test_dealing_on_paper_is_the_engines(costs, ranks):
+    loads = [0.0] * ranks
+    for cost in sorted(costs, reverse=True):
+        deal_to_least(loads, cost)
+    paper = deal([(costs.count(cost), float(cost), 0.0) for cost in set(costs)], ranks)
+    assert sorted(loads) == sorted(load.seconds for load in paper for _ in range(load.ranks))

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMe
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
+from ..process_groups_config import gather
 from . import rng
 from .choose import choose
 from .compare import compare_keys, compare_optimizers, compare_tensors, optimizer_rows, selection, table
@@ -20,7 +21,7 @@ from .contents import MODEL, STATE, Contents, Group, parameter_of, process_group
 from .manifest import Manifest
 from .reader import SafeReader
 from .saving import reasons, whereabouts
-from .together import CheckpointError, distributed, gather, joined, rank, together
+from .together import CheckpointError, distributed, joined, rank, together
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
-from ..process_groups_config import ProcessGroupCollection
+from ..process_groups_config import ProcessGroupCollection, gather
 from . import digests as sums
 from . import directory as folders
 from . import rng
 from .background import Background
 from .contents import Contents, process_groups
 from .manifest import Manifest, config_digest, json_copy, merge_groups
-from .together import CheckpointError, Group, distributed, gather, joined, on_first, rank, together
+from .together import CheckpointError, Group, distributed, joined, on_first, rank, together
 
 COMMON = "common_state/shard_0_1"
 """Key of what Megatron-Core keeps besides tensors. This package reads nothing from it."""

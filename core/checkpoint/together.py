@@ -5,6 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..process_groups_config import gather
+
 type Group = dist.ProcessGroup | None
 """Of the ranks that settle something; None: the default process group."""
 
@@ -25,15 +27,6 @@ def distributed() -> bool:
 def rank() -> int:
     """This process among those of the default process group."""
     return dist.get_rank() if distributed() else 0
-
-
-def gather[T](value: T, group: Group = None) -> list[T]:
-    """``value`` of every rank, in rank order; it is pickled."""
-    if not distributed():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group)
-    return values
 
 
 def joined[T](mine: Iterable[T], group: Group = None) -> list[T]:

@@ -100,7 +100,7 @@ def _measured(
     if split.size in (1, domain.size):
         return joint
     # Each copy has a link of its own, and all must choose alike.
-    links = groups.gather(domain, machine.measure(split, device, dtype, precision=precision).link)
+    links = domain.gather(machine.measure(split, device, dtype, precision=precision).link)
     slowest = Link(max(link.latency for link in links), min(link.bandwidth for link in links))
     return replace(joint, link=slowest, far=joint.link)
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..sharding.dealing import deal_to_least
 from ..sharding.requests import Deal, Move, Op, Reduce, Rule
 from .environment import checks_ranks, wave_limit
 from .waves import Task, Wave, Work
@@ -113,17 +114,10 @@ class Run:
         return results
 
     def _deal(self, request: Deal) -> list[int]:
-        """Each matrix to the rank, or team, with the least to do. The dearest start first: longest processing time first."""
+        """Each matrix to the rank, or team, with the least to do: the works with the dearest start first."""
         domain = request.domain
         load = self._loads.setdefault(domain.ranks, [0.0] * domain.size)
-        team = domain.team_size
-        owners = []
-        for _ in range(request.count):
-            owner = min(range(domain.teams), key=lambda k: max(load[k * team : (k + 1) * team]))
-            for rank in range(owner * team, (owner + 1) * team):
-                load[rank] += request.cost / team
-            owners.append(owner)
-        return owners
+        return [deal_to_least(load, request.cost, team=domain.team_size) for _ in range(request.count)]
 
     def _stay(self, tasks: list["Task"]) -> None:
         _finish(Wave(self.checks, [task.start() for task in tasks]))

@@ -65,7 +65,7 @@ def norm_and_factor(
     with_gradient = [(name, local_gradient(p)) for name, p, _ in _distinct(entries)]
     if norm != norm or norm == float("inf"):
         bad = [name for name, g in with_gradient if not torch.isfinite(g).all()]
-        raise NonFiniteGradientError(_report(groups.gather(norm_domain(entries, groups), bad)))
+        raise NonFiniteGradientError(_report(norm_domain(entries, groups).gather(bad)))
     return norm, float(clip_factor(total, max_norm)) if max_norm > 0 and with_gradient else 1.0
 
 

@@ -354,7 +354,7 @@ def get_optimizer(
     decoupled = {"adam": "adamw"} if config.decoupled_weight_decay else {}
     routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
     members: dict[str, Optimizer] = {}
-    stages = groups.gather(groups.domain((groups.axis("pp"),)), list(dict.fromkeys(r.optimizer for r in routed)))
+    stages = groups.domain((groups.axis("pp"),)).gather(list(dict.fromkeys(r.optimizer for r in routed)))
     # In one order on all stages: a norm over the whole model is a collective of its own.
     here = {r.optimizer for r in routed}
     for name in (name for name in dict.fromkeys(name for stage in stages for name in stage) if name in here):
@@ -381,7 +381,7 @@ def _check_global_clips(
 ) -> None:
     """Refuse, on all stages, an optimizer that clips by a norm over the whole model and is missing on one of them."""
     mine = [name for name, member in members.items() if getattr(member, "max_norm", None) is not None]
-    for clipping in groups.gather(groups.domain((groups.axis("pp"),)), mine):
+    for clipping in groups.domain((groups.axis("pp"),)).gather(mine):
         for name in clipping:
             if missing := [i for i, stage in enumerate(stages) if name not in stage]:
                 raise ValueError(

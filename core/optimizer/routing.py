@@ -153,7 +153,7 @@ def _check_matches(
     named: Mapping[str, nn.Parameter], overrides: Sequence[ParamKey], groups: ProcessGroupCollection
 ) -> None:
     here = [any(key.matches(param, name) for name, param in named.items()) for key in overrides]
-    stages = groups.gather(groups.domain((groups.axis("pp"),)), here)
+    stages = groups.domain((groups.axis("pp"),)).gather(here)
     for key, *matched in zip(overrides, *stages, strict=True):
         if not any(matched):
             example = next(iter(named), "none")

@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
 from core.checkpoint import Background, CheckpointError
+from core.checkpoint.together import joined
 from core.faults import FaultError, Guard, Verdict, check_state
 from core.optimizer.clip import global_norm
 from core.optimizer.early_step import EarlyStep
@@ -180,7 +181,7 @@ class Job:
         self.optimizer.train()
         members = self.optimizer.members.items()
         mine = [(name, m.estimator, m.hessian_interval) for name, m in members if isinstance(m, Sophia)]
-        self._curvatures = list(dict.fromkeys(gather(mine)))
+        self._curvatures = list(dict.fromkeys(joined(mine)))
         for name in ("overlap_optimizer_with_backward", "overlap_optimizer_with_bubble"):
             if self._curvatures and getattr(args, name):
                 problem = "Sophia estimates curvature between backward and step"
@@ -366,7 +367,7 @@ class Job:
 
     def _describe(self) -> None:
         """Print the job and the start-up table."""
-        assignments = gather(self.optimizer.assignments())
+        assignments = joined(self.optimizer.assignments())
         args, plan, corpus = self.args, self.plan, self.corpus
         weights = sum(math.prod(shape) for shape in {a.name: a.shape for a in assignments}.values())
         self._say(
@@ -377,12 +378,3 @@ class Job:
             f"model: {weights:,} weights",
             f"\n{startup_table(assignments)}\n",
         )
-
-
-def gather[T](mine: list[T]) -> list[T]:
-    """The lists of all ranks, joined in the order of ranks."""
-    if not dist.is_initialized():
-        return mine
-    lists: list[list[T] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, mine)
-    return [item for items in lists for item in items or []]

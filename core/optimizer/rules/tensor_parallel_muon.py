@@ -275,7 +275,7 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
                 made = make()
             except ValueError as error:
                 made = error
-        made = self._groups.gather(domain, made)[0]
+        made = domain.gather(made)[0]
         if isinstance(made, ValueError):
             raise made
         return cast(Plan, made)

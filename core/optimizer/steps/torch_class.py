@@ -176,7 +176,7 @@ class LibraryStep(WholeStep):
         with torch.no_grad():
             engine.run(self._whole_work(p, self.on_wholes(p, [], work), tensors=1) for p in params)
         for domain in dict.fromkeys(unit.home.domain for p in params for unit in self._parameters[p].units):
-            refused += [error for errors in self._groups.gather(domain, refused) for error in errors]
+            refused += [error for errors in domain.gather(refused) for error in errors]
         if refused:
             raise ValueError(refused[0])
 

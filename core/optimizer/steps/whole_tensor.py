@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...engine import Work
 from ...process_groups_config import Axis, Domain
+from ...sharding.dealing import deal_to_least
 from ...sharding.layout import Layout, Split
 from ...sharding.parameter_layout import layout_of, local, local_gradient
 from ...sharding.requests import Move, Placement, Rule
@@ -335,8 +336,7 @@ class WholeStep(ShardedStep):
             assert domain is not None
             if owner is None and self.tp_mode == "owner" and domain.size > 1:
                 load = loads.setdefault(domain, [0.0] * domain.size)
-                owner = min(range(domain.size), key=load.__getitem__)
-                load[owner] += self.cost(part.shape)
+                owner = deal_to_least(load, self.cost(part.shape))
             units[p][k] = Unit(self._key(p) + suffix, part, Home(domain, owner), suffix)
         for p, found in units.items():
             self._parameters[p] = Parameter(layouts[p], tuple(found[k] for k in sorted(found)))
@@ -350,7 +350,7 @@ class WholeStep(ShardedStep):
                 mine.setdefault(part.domain, {})[id(p), suffix] = any(x.numel() for x in state.values())
         owners = {}
         for domain, held in mine.items():
-            for key, *ranks in zip(held, *self._groups.gather(domain, list(held.values())), strict=True):
+            for key, *ranks in zip(held, *domain.gather(list(held.values())), strict=True):
                 if sum(ranks) == 1:
                     owners[key] = ranks.index(True)
         return owners
