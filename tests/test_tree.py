@@ -24,7 +24,6 @@ LAYERS = (
     {"linalg", "precision"},
     {"cost"},
     {"optimizer.steps"},
-    {"optimizer.clip"},
     {"optimizer.rules.parts"},
     {"optimizer.rules"},
     {"optimizer"},

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from .. import engine
 from ..process_groups_config import ProcessGroupCollection
 from ..sharding.parameter_layout import layout_of
-from .clip import Entry, clip_grad_norm_, clip_grad_value_
+from .clip import clip_grad_norm_, clip_grad_value_
 from .steps.base import ShardedStep, forget_gone, load_state
+from .steps.global_norm import Entry
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import engine
 from ..sharding.parameter_layout import check_gradient, local_gradient
 from .chained import ChainedOptimizer, finish_step
-from .clip import clip_factor
 from .steps.base import ShardedStep
+from .steps.global_norm import clip_factor
 
 
 class EarlyStep:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..sharding.parameter_layout import local
 from .chained import ChainedOptimizer
-from .clip import GlobalClip
+from .steps.global_clip import GlobalClip
 
 
 class SpeculativeStep:

@@ -8,8 +8,8 @@ from torch import Tensor
 from core import engine
 from core.faults import FaultError, Guard, Verdict
 from core.optimizer.chained import ChainedOptimizer
-from core.optimizer.clip import begin_norm, clip_factor
 from core.optimizer.speculative_step import SpeculativeStep
+from core.optimizer.steps.global_norm import begin_norm, clip_factor
 from core.sharding.parameter_layout import local_gradient
 
 

@@ -26,9 +26,9 @@ from torch.distributed.rendezvous import rendezvous
 from core.checkpoint import Background, CheckpointError
 from core.checkpoint.together import joined
 from core.faults import FaultError, Guard, Verdict, check_state
-from core.optimizer.clip import global_norm
 from core.optimizer.early_step import EarlyStep
 from core.optimizer.rules.sophia import Sophia
+from core.optimizer.steps.global_norm import global_norm
 from core.process_groups_config import ProcessGroupCollection
 
 from ..usage import EXIT_CODE, UsageError, refuse

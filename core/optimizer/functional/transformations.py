@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.parameter_layout import layout_of, local
-from ..clip import Entry, norm_and_factor, norm_domain
+from ..clip import norm_and_factor
 from ..steps.argument_checks import whole_number
+from ..steps.global_norm import Entry, norm_domain
 from .as_functions import FunctionalOptimizer, Gradients, Tensors, as_parameter
 
 

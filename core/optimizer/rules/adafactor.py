@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...philox import Key, bits
 from ...precision.stochastic_rounding import stochastic_round
@@ -14,15 +14,13 @@ from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, fraction, non_negative, positive
-from ..steps.base import ShardedStep
-from ..steps.stacked import RuleFunction
+from ..steps.stacked import RuleFunction, StackedStep
 from .parts.factored import (
     Factoring,
     Scaling,
     flattened,
     inverse_root,
     inverse_roots,
-    keep_new_,
     last_two,
     rms,
     square_sums,
@@ -61,7 +59,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _FACTORING = {"optax": two_largest, "torch": last_two, "forgather": flattened}
 
 
-class Adafactor(ShardedStep, Optimizer):  # type: ignore[misc]
+class Adafactor(StackedStep):
     """Adam's second moment from a factor per row and one per column, with the update's size bounded; no first moment.
 
     ``V`` is the rank-1 estimate of the running mean of ``g²`` with decay ``β2(t) = min(1 - (t - decay_offset)^-decay_rate,
@@ -114,6 +112,8 @@ class Adafactor(ShardedStep, Optimizer):  # type: ignore[misc]
     Source: Shazeer & Stern 2018, algorithms 4 to 6, https://arxiv.org/abs/1804.04235
     """
 
+    returns = "parameter"
+
     def __init__(
         self,
         params: ParamsT,
@@ -159,19 +159,19 @@ class Adafactor(ShardedStep, Optimizer):  # type: ignore[misc]
         if momentum is not None:
             fraction("momentum", momentum)
         self.variant = variant
-        self.pg_collection = pg_collection
-        own = {
-            "decay_rate": decay_rate,
-            "decay_offset": decay_offset,
-            "min_scale": min_scale,
-            "clip_threshold": clip_threshold,
-            "factored": factored,
-            "momentum": momentum,
-            "dtype_momentum": dtype_momentum,
-            "weight_decay_rate": weight_decay_rate,
-        }
-        super().__init__(params, defaults | own)
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            **defaults,
+            decay_rate=decay_rate,
+            decay_offset=decay_offset,
+            min_scale=min_scale,
+            clip_threshold=clip_threshold,
+            factored=factored,
+            momentum=momentum,
+            dtype_momentum=dtype_momentum,
+            weight_decay_rate=weight_decay_rate,
+        )
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``step``; ``row`` and ``col``, or ``v``; ``m`` with momentum."""
@@ -236,9 +236,6 @@ class Adafactor(ShardedStep, Optimizer):  # type: ignore[misc]
         if not group["multiply_by_parameter_scale"]:
             return 1.0
         return (yield rms([p], lay)).clamp_min(group["min_scale"])
-
-    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
-        keep_new_(p, update)
 
 
 class AdafactorSR(Adafactor):

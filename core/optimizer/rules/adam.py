@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.state import StateSpec
@@ -19,7 +19,7 @@ MU_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """Names of the dtypes in which a mean of gradients can be kept; None: the parameter's, but at least float32."""
 
 
-class Adam(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class Adam(ElementwiseStep):
     """Adam with L2 regularization; state as in ``torch.optim.Adam``.
 
     Args:
@@ -57,10 +57,17 @@ class Adam(ElementwiseStep, Optimizer):  # type: ignore[misc]
         check_adam(lr, betas, eps, weight_decay)
         non_negative("eps_root", eps_root)
         check_mu_dtype(mu_dtype)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "eps_root": eps_root, "mu_dtype": mu_dtype, "correct_bias": correct_bias})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            eps_root=eps_root,
+            mu_dtype=mu_dtype,
+            correct_bias=correct_bias,
+        )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``exp_avg``, ``exp_avg_sq`` like the parameter; ``step`` a scalar, where the kernel reads it."""
@@ -117,7 +124,7 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, eps_root, mu_dtype, correct_bias, pg_collection)
 
 
-class RAdam(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class RAdam(ElementwiseStep):
     """Adam that steps by the mean gradient alone until its second moment has settled; as ``torch.optim.RAdam``.
 
     Args:
@@ -146,10 +153,15 @@ class RAdam(ElementwiseStep, Optimizer):  # type: ignore[misc]
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         check_adam(lr, betas, eps, weight_decay)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "decoupled_weight_decay": decoupled_weight_decay})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """As Adam's."""

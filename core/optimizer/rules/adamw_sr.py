@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...philox import Key, bits
 from ...precision.stochastic_rounding import stochastic_round
@@ -18,7 +18,7 @@ from ..steps.weight_decay import decay_
 from .adam import bias_corrections, check_adam, denominators, mean_square_
 
 
-class AdamWSR(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class AdamWSR(ElementwiseStep):
     """AdamW whose state is as wide as the gradient, and which can round what it stores in bfloat16 stochastically.
 
     ``p ← (1 - lr·wd)·p``; ``m ← β1·m + (1-β1)·g``; ``v ← β2·v + (1-β2)·g²``;
@@ -57,10 +57,16 @@ class AdamWSR(ElementwiseStep, Optimizer):  # type: ignore[misc]
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         check_adam(lr, betas, eps, weight_decay)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "bf16_stochastic_round": bf16_stochastic_round, "seed": seed})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
+        )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``exp_avg``, ``exp_avg_sq`` like the parameter, also in dtype; ``step`` a scalar."""

@@ -14,7 +14,6 @@ from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, fraction, non_negative
-from ..steps.base import ShardedStep
 from ..steps.stacked import RuleFunction
 from . import muon as orthogonal
 from .tensor_parallel_muon import TensorParallelMode, TensorParallelMuon
@@ -92,10 +91,6 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
             ns_plan=ns_plan,
             auto_rates=auto_rates,
         )
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; see :meth:`ShardedStep.step`."""
-        return ShardedStep.step(self, closure)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; ``beta2`` and ``eps`` may differ by group."""

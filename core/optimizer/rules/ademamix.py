@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.state import StateSpec
@@ -16,7 +16,7 @@ from ..steps.weight_decay import decay_
 from .adam import bias_corrections, check_adam, denominators, mean_square_
 
 
-class AdEMAMix(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class AdEMAMix(ElementwiseStep):
     """``p ← p - lr·((m1/(1-β1ᵗ) + α·m2) / (√(v/(1-β2ᵗ)) + ε) + wd·p)``, where m1 and m2 are means of g with β1 and β3.
 
     Args:
@@ -51,10 +51,17 @@ class AdEMAMix(ElementwiseStep, Optimizer):  # type: ignore[misc]
         check_adam(lr, betas, eps, weight_decay, count=3)
         for name, value in (("alpha", alpha), ("alpha_warmup", alpha_warmup), ("beta3_warmup", beta3_warmup)):
             non_negative(name, value)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "betas": betas, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "alpha_warmup": alpha_warmup, "beta3_warmup": beta3_warmup})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            alpha_warmup=alpha_warmup,
+            beta3_warmup=beta3_warmup,
+        )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``exp_avg`` (unless β1 = 0), ``exp_avg_slow``, ``exp_avg_sq`` like the parameter; ``step`` a scalar."""

@@ -6,15 +6,14 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, non_negative, whole_number
-from ..steps.base import ShardedStep
-from ..steps.stacked import RuleFunction
+from ..steps.stacked import RuleFunction, StackedStep
 from .adam import check_adam
 from .parts.moments import bias_correction
 from .parts.projectors import Drawn, Orthonormalize, Projector, Sides, projection, projection_specs
@@ -23,7 +22,7 @@ GROWTH = 1.01
 """Largest growth of the update's norm from step to step."""
 
 
-class Apollo(ShardedStep, Optimizer):  # type: ignore[misc]
+class Apollo(StackedStep):
     """SGD whose gradient is scaled, channel by channel, as Adam would scale it in a random subspace.
 
     With P (d, rank) for the shorter side d of the whole matrix, and G turned so that d comes first (algorithm 1):
@@ -86,26 +85,25 @@ class Apollo(ShardedStep, Optimizer):  # type: ignore[misc]
         whole_number("rank", rank, 1)
         choice("projector", projector, get_args(Projector))
         choice("pca_orthonormalize", pca_orthonormalize, get_args(Orthonormalize))
-        self.pg_collection = pg_collection
         self._drawn: Drawn = {}
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "scale": scale,
-            "scale_front": scale_front,
-            "update_steps": update_steps,
-            "mini": mini,
-            "projector": projector,
-            "pca_orthonormalize": pca_orthonormalize,
-            "lazy": lazy,
-            "seed": seed,
-            "decay_after": decay_after,
-        }
-        super().__init__(params, defaults)
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rank=rank,
+            scale=scale,
+            scale_front=scale_front,
+            update_steps=update_steps,
+            mini=mini,
+            projector=projector,
+            pca_orthonormalize=pca_orthonormalize,
+            lazy=lazy,
+            seed=seed,
+            decay_after=decay_after,
+        )
 
     @classmethod
     def mini(cls, params: ParamsT, **kwargs: Any) -> "ApolloMini":

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...philox import Key, normal
 from ...process_groups_config import ProcessGroupCollection
@@ -14,8 +14,7 @@ from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, non_negative
-from ..steps.base import ShardedStep
-from ..steps.stacked import RuleFunction
+from ..steps.stacked import RuleFunction, StackedStep
 from .adam import check_adam
 from .parts.moments import per_parameter
 
@@ -82,7 +81,7 @@ def means_(s: Any, g: Tensor, beta1: Tensor, beta2: Tensor) -> None:
     s.exp_avg_sq.lerp_(g.square(), (1 - beta2).to(g.dtype))
 
 
-class BGEAdam(ShardedStep, Optimizer):  # type: ignore[misc]
+class BGEAdam(StackedStep):
     """BGE-Adam: dynamic **b**\\ eta, **g**\\ radient prediction and **e**\\ ntropy weighting.
 
     Two rules go by this name. ``paper`` is that of the paper below as two independent public ports of it agree, and was not
@@ -121,10 +120,16 @@ class BGEAdam(ShardedStep, Optimizer):  # type: ignore[misc]
         check_adam(lr, betas, eps, weight_decay)
         choice("variant", variant, VARIANTS)
         non_negative("seed", seed)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "variant": variant, "seed": seed})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            variant=variant,
+            seed=seed,
+        )
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``exp_avg``, ``exp_avg_sq`` and, in ``paper``, ``predicted_grad`` like the parameter; ``step`` a scalar."""

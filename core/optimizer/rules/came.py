@@ -4,19 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import fraction, non_negative, positive
-from ..steps.base import ShardedStep
-from ..steps.stacked import RuleFunction
-from .parts.factored import Scaling, SquareSums, inverse_root, inverse_roots, keep_new_, last_two, square_sums
+from ..steps.stacked import RuleFunction, StackedStep
+from .parts.factored import Scaling, SquareSums, inverse_root, inverse_roots, last_two, square_sums
 
 
-class Came(ShardedStep, Optimizer):  # type: ignore[misc]
+class Came(StackedStep):
     """Confidence-guided Adafactor.
 
     Matrices are the last two dims; dims before them are a batch of matrices that share the clipping. Below two dims no
@@ -39,6 +38,8 @@ class Came(ShardedStep, Optimizer):  # type: ignore[misc]
     Source: Luo et al. 2023, algorithm 2, https://arxiv.org/abs/2307.02047
     """
 
+    returns = "parameter"
+
     def __init__(
         self,
         params: ParamsT,
@@ -60,10 +61,15 @@ class Came(ShardedStep, Optimizer):  # type: ignore[misc]
             positive(f"eps[{i}]", e)
         positive("clip_threshold", clip_threshold)
         non_negative("weight_decay", weight_decay)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "clip_threshold": clip_threshold}
-        super().__init__(params, {**defaults, "weight_decay": weight_decay})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            weight_decay=weight_decay,
+        )
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``m``, and the factors of both moments or ``v``."""
@@ -106,6 +112,3 @@ class Came(ShardedStep, Optimizer):  # type: ignore[misc]
             confidence = Scaling(r, c, dims)
         confidence.times(lr).subtract_(p, s.m, 1 - lr * group["weight_decay"] if group["weight_decay"] else None)
         return p
-
-    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
-        keep_new_(p, update)

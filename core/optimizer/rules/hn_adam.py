@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...philox import Key, uniform
 from ...process_groups_config import ProcessGroupCollection
@@ -13,8 +13,7 @@ from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, non_negative
-from ..steps.base import ShardedStep
-from ..steps.stacked import RuleFunction
+from ..steps.stacked import RuleFunction, StackedStep
 from .adam import check_adam
 from .parts.fused_adam import SPECS, adam_step_
 
@@ -50,7 +49,7 @@ def trustformers(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, 
     return u.mul_((norm / (norm + THRESHOLD)).clamp_min(LEAST)).add_(p, alpha=group["weight_decay"])
 
 
-class HNAdam(ShardedStep, Optimizer):  # type: ignore[misc]
+class HNAdam(StackedStep):
     """HN-Adam: hybrid Adam with an adaptive norm.
 
     Two rules go by this name. ``paper`` is algorithm 2 of the paper below; we know it from a public port that follows it line by
@@ -96,10 +95,16 @@ class HNAdam(ShardedStep, Optimizer):  # type: ignore[misc]
             raise ValueError(
                 f"lam0={lam0} must be a finite number above 1: the power is up to 1 less, and must stay above 0."
             )
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "variant": variant, "lam0": lam0})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            variant=variant,
+            lam0=lam0,
+        )
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``exp_avg``, ``exp_avg_power`` and its maximum like the parameter; Adam's in ``trustformers``."""

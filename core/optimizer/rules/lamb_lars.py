@@ -5,18 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ..clip import GlobalClip
 from ..steps.argument_checks import fraction, non_negative, positive
-from ..steps.base import ShardedStep
-from ..steps.stacked import RuleFunction
+from ..steps.global_clip import GlobalClip
+from ..steps.stacked import RuleFunction, StackedStep
 from .adam import check_adam
-from .parts.factored import keep_new_
 from .parts.fused_adam import SPECS, adam_step_
 
 
@@ -49,7 +47,7 @@ def lars(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) ->
     return s.momentum_buffer.mul_(group["momentum"]).addcmul_(g, ratio).addcmul_(p, decay * ratio)
 
 
-class Lamb(GlobalClip, Optimizer):  # type: ignore[misc]
+class Lamb(GlobalClip):
     """LAMB: Adam's direction plus weight decay, scaled to the norm of the parameter.
 
     Args:
@@ -69,6 +67,8 @@ class Lamb(GlobalClip, Optimizer):  # type: ignore[misc]
     Source: You et al. 2019, algorithm 2 with φ(x) = x, https://arxiv.org/abs/1904.00962
     """
 
+    returns = "parameter"
+
     def __init__(
         self,
         params: ParamsT,
@@ -81,10 +81,8 @@ class Lamb(GlobalClip, Optimizer):  # type: ignore[misc]
     ) -> None:
         check_adam(lr, betas, eps, weight_decay)
         non_negative("max_grad_norm", max_grad_norm or 0.0)
-        self.pg_collection = pg_collection
         self.max_norm = max_grad_norm or None
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.take_state()
+        super().__init__(params, pg_collection, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``exp_avg``, ``exp_avg_sq`` like the parameter; ``step`` a scalar."""
@@ -95,11 +93,8 @@ class Lamb(GlobalClip, Optimizer):  # type: ignore[misc]
         scale = self.scale
         return lamb if scale is None else lambda p, g, s, lay, group: lamb(p, g * scale, s, lay, group)
 
-    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
-        keep_new_(p, update)
 
-
-class Lars(ShardedStep, Optimizer):  # type: ignore[misc]
+class Lars(StackedStep):
     """LARS: SGD with momentum, its gradient scaled to a fraction of the norm of the parameter.
 
     The learning rate stands outside of the momentum, as in ``torch.optim.SGD``; the paper's stands inside.
@@ -131,10 +126,14 @@ class Lars(ShardedStep, Optimizer):  # type: ignore[misc]
         fraction("momentum", momentum)
         non_negative("weight_decay", weight_decay)
         positive("trust_coefficient", trust_coefficient)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient,
+        )
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``momentum_buffer`` like the parameter."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.state import StateSpec
@@ -14,7 +14,7 @@ from ..steps.weight_decay import decay_
 from .adam import MU_DTYPES, check_adam, check_mu_dtype
 
 
-class Lion(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class Lion(ElementwiseStep):
     """``p ← p - lr·(sign(β1·m + (1-β1)·g) + wd·p)``; ``m ← β2·m + (1-β2)·g``.
 
     Args:
@@ -45,9 +45,7 @@ class Lion(ElementwiseStep, Optimizer):  # type: ignore[misc]
     ) -> None:
         check_adam(lr, betas, 0.0, weight_decay)
         check_mu_dtype(mu_dtype)
-        self.pg_collection = pg_collection
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "mu_dtype": mu_dtype})
-        self.take_state()
+        super().__init__(params, pg_collection, lr=lr, betas=betas, weight_decay=weight_decay, mu_dtype=mu_dtype)
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``exp_avg`` like the parameter."""

@@ -5,24 +5,24 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ..clip import GlobalClip
 from ..steps.argument_checks import choice, non_negative
+from ..steps.global_clip import GlobalClip
 from ..steps.stacked import RuleFunction
 from .adam import check_adam
-from .parts.factored import blocks, keep_new_
+from .parts.factored import blocks
 from .parts.fused_adam import SPECS, adam_step_
 
 CLIPS = ("global", "tensor")
 
 
-class Mars(GlobalClip, Optimizer):  # type: ignore[misc]
+class Mars(GlobalClip):
     """MARS-AdamW with the gradient of the step before, at its own batch, for comparison (the paper's "approximate" form).
 
     ``c = g + γβ₁/(1-β₁)·(g - g₋)``, clipped; a step of AdamW with c for gradient. Before the first step ``g₋`` is 0, as in the
@@ -47,6 +47,8 @@ class Mars(GlobalClip, Optimizer):  # type: ignore[misc]
     Source: Yuan et al. 2024, MARS-AdamW, https://arxiv.org/abs/2411.10438
     """
 
+    returns = "parameter"
+
     def __init__(
         self,
         params: ParamsT,
@@ -63,12 +65,9 @@ class Mars(GlobalClip, Optimizer):  # type: ignore[misc]
         non_negative("gamma", gamma)
         choice("clip", clip, CLIPS)
         non_negative("max_grad_norm", max_grad_norm or 0.0)
-        self.pg_collection = pg_collection
         self.max_norm = (max_grad_norm or None) if clip == "global" else None
         self.max_tensor_norm = (max_grad_norm or None) if clip == "tensor" else None
-        defaults = {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
-        self.take_state()
+        super().__init__(params, pg_collection, lr=lr, betas=betas, gamma=gamma, eps=eps, weight_decay=weight_decay)
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """``exp_avg``, ``exp_avg_sq`` and ``previous_grad`` like the parameter; ``step`` a scalar."""
@@ -94,9 +93,6 @@ class Mars(GlobalClip, Optimizer):  # type: ignore[misc]
             adam_step_(p[at], c, s, group, at, lr=float(group["lr"]), weight_decay=group["weight_decay"])
         s.step.add_(1)
         return p
-
-    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
-        keep_new_(p, update)
 
 
 def corrected(g: Tensor, previous: Tensor, group: Mapping[str, Any]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ..steps.argument_checks import positive, whole_number
@@ -18,7 +18,7 @@ LEVELS = 15
 """Steps between the smallest and the largest value of a block in 4 bits."""
 
 
-class MicroAdam(WholeStep, Optimizer):  # type: ignore[misc]
+class MicroAdam(WholeStep):
     """Adam whose moments are computed anew in every step, from the largest entries of the last ``window`` gradients.
 
     Algorithm 1, on the whole tensor as one row: ``a = g + Q⁻¹(e)``; of each block of ``block_size`` entries the largest,
@@ -78,20 +78,19 @@ class MicroAdam(WholeStep, Optimizer):  # type: ignore[misc]
             if size > most:
                 raise ValueError(f"{name}={size} must be at most {most}.")
         self.tp_mode = tp_mode
-        self.pg_collection = pg_collection
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "density": density,
-            "window": window,
-            "block_size": block_size,
-            "quant_block_size": quant_block_size,
-            "bf16_window": bf16_window,
-        }
-        super().__init__(params, defaults)
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            density=density,
+            window=window,
+            block_size=block_size,
+            quant_block_size=quant_block_size,
+            bf16_window=bf16_window,
+        )
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         """``indices``, ``values`` (window, entries); ``error`` two codes a byte, ``error_min``, ``error_max``; ``step``."""

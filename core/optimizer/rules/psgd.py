@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...linalg.roots import norm_lower_bound, rotate_towards_symmetry
 from ...philox import Key, normal
@@ -38,7 +38,7 @@ PROBES = 4
 """Random vectors from which a spectral norm is estimated."""
 
 
-class WhiteKron(WholeStep, Optimizer):  # type: ignore[misc]
+class WhiteKron(WholeStep):
     """Whitens the momentum of each block of the matrix; a subclass says how the factors move.
 
     The momentum, corrected for bias, is cut along the whole matrix's grid of blocks, those at the lower and right edge smaller
@@ -102,25 +102,22 @@ class WhiteKron(WholeStep, Optimizer):  # type: ignore[misc]
         if precond_dtype is not None and not precond_dtype.is_floating_point:
             raise ValueError(f"precond_dtype={precond_dtype} must be a floating-point dtype, such as torch.bfloat16.")
         self.tp_mode = tp_mode
-        self.pg_collection = pg_collection
         self.seed = seed
         self.block_size = block_size
         self.max_size_dense = max_size_dense
         self.precond_dtype = precond_dtype
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "lr_style": lr_style,
-                "normalize_grads": normalize_grads,
-                "preconditioner_lr": preconditioner_lr,
-                "preconditioner_init_scale": preconditioner_init_scale,
-                "noise_scale": noise_scale,
-            },
+            pg_collection,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            lr_style=lr_style,
+            normalize_grads=normalize_grads,
+            preconditioner_lr=preconditioner_lr,
+            preconditioner_init_scale=preconditioner_init_scale,
+            noise_scale=noise_scale,
         )
-        self.take_state()
 
     def new_factor(self, q: Tensor, e: Tensor, probe: Tensor) -> Tensor:
         """Q after a step against E.

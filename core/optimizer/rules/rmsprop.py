@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.state import StateSpec
@@ -17,7 +17,7 @@ from .adam import denominators, mean_square_
 DECAYS = {"optax": 0.9, "torch": 0.99}
 
 
-class RMSprop(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class RMSprop(ElementwiseStep):
     """``v ← decay·v + (1-decay)·g²``, then a step by ``g`` over the root of ``v``, with momentum.
 
     The two variants differ in what stands under the root, and in what the momentum is of:
@@ -65,10 +65,18 @@ class RMSprop(ElementwiseStep, Optimizer):  # type: ignore[misc]
         non_negative("weight_decay", weight_decay)
         if nesterov and not momentum:
             raise ValueError("nesterov=True needs a momentum above 0; got momentum=0.")
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "decay": decay, "eps": eps, "initial_scale": initial_scale, "momentum": momentum}
-        super().__init__(params, {**defaults, "nesterov": nesterov, "weight_decay": weight_decay, "variant": variant})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            decay=decay,
+            eps=eps,
+            initial_scale=initial_scale,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            variant=variant,
+        )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``square_avg``, and ``momentum_buffer`` if there is momentum, like the parameter; ``step`` a scalar."""

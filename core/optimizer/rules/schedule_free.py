@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...engine import Work
 from ...process_groups_config import ProcessGroupCollection
@@ -17,7 +17,7 @@ from ..steps.weight_decay import METHOD, decay_, equivalent
 from .adam import check_adam, denominators, mean_square_
 
 
-class ScheduleFree(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class ScheduleFree(ElementwiseStep):
     """The rule that the schedule-free optimizers share; they differ in :meth:`directions` u.
 
     ``z ← z - γ·u(y)``; ``x ← (1-c)·x + c·z``; ``y ← (1-β)·z + β·x``. Stored are z, and in the parameter y while training and
@@ -158,10 +158,17 @@ class ScheduleFreeAdamW(ScheduleFree):
     ) -> None:
         check_adam(lr, betas, eps, weight_decay)
         _check("betas[0]", betas[0], warmup_steps, r, weight_lr_power)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
-        super().__init__(params, {**defaults, "r": r, "weight_lr_power": weight_lr_power})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+        )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``exp_avg_sq`` besides."""
@@ -216,10 +223,16 @@ class ScheduleFreeSGD(ScheduleFree):
     ) -> None:
         check_adam(lr, (momentum,), 0.0, weight_decay, count=1)
         _check("momentum", momentum, warmup_steps, r, weight_lr_power)
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
-        super().__init__(params, {**defaults, "r": r, "weight_lr_power": weight_lr_power})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+        )
 
     def beta(self, group: Mapping[str, Any]) -> float:
         """The momentum."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.state import StateSpec
@@ -13,7 +13,7 @@ from ..steps.argument_checks import fraction, non_negative
 from ..steps.elementwise import ElementwiseStep, States
 
 
-class SGD(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class SGD(ElementwiseStep):
     """``b ← μb + (1-τ)(g + wd·p)``; ``p ← p - lr·(g + wd·p + μb)`` with Nesterov, else ``p - lr·b``. As ``torch.optim.SGD``.
 
     Args:
@@ -50,10 +50,15 @@ class SGD(ElementwiseStep, Optimizer):  # type: ignore[misc]
             raise ValueError(
                 f"nesterov=True needs a momentum above 0 and dampening=0; got momentum={momentum}, dampening={dampening}."
             )
-        self.pg_collection = pg_collection
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, {**defaults, "dampening": dampening})
-        self.take_state()
+        super().__init__(
+            params,
+            pg_collection,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            dampening=dampening,
+        )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``momentum_buffer`` like the parameter, when there is momentum; ``step``, when there is dampening."""

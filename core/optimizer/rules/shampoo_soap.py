@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...linalg.roots import eigen, inverse_root
 from ...process_groups_config import ProcessGroupCollection
@@ -30,7 +30,7 @@ class DenseFactors(WholeStep):
         return super().cost(shape) + float(sum(n**3 for n in shape))
 
 
-class Shampoo(DenseFactors, Optimizer):  # type: ignore[misc]
+class Shampoo(DenseFactors):
     """``L ← L + G·Gᵀ``; ``R ← R + Gᵀ·G``; ``U = (L + ε)^(-1/4) · G · (R + ε)^(-1/4)``; ``W ← W - lr·(μ·M + U)``.
 
     All of the whole matrix. ``W ← (1 - lr·wd)·W`` comes first. The roots are computed at the first step and at every
@@ -79,20 +79,17 @@ class Shampoo(DenseFactors, Optimizer):  # type: ignore[misc]
         if not 0 < beta <= 1:
             raise ValueError(f"beta={beta} must be above 0 and at most 1; 1 sums the statistics.")
         self.tp_mode = tp_mode
-        self.pg_collection = pg_collection
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "eps": eps,
-                "beta": beta,
-                "weight_decay": weight_decay,
-                "precondition_frequency": precondition_frequency,
-                "grafting": grafting,
-            },
+            pg_collection,
+            lr=lr,
+            momentum=momentum,
+            eps=eps,
+            beta=beta,
+            weight_decay=weight_decay,
+            precondition_frequency=precondition_frequency,
+            grafting=grafting,
         )
-        self.take_state()
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         """``L``, ``L_root`` (m, m); ``R``, ``R_root`` (n, n); ``momentum``, ``diagonal`` (m, n); ``step``."""
@@ -125,7 +122,7 @@ class Shampoo(DenseFactors, Optimizer):  # type: ignore[misc]
         p.add_(u, alpha=-float(group["lr"]))
 
 
-class Soap(DenseFactors, Optimizer):  # type: ignore[misc]
+class Soap(DenseFactors):
     """Adam in the eigenbasis of Shampoo's factors, which follows them by one power iteration every few steps.
 
     With ``G' = Q_Lᵀ·G·Q_R``: ``M ← β1·M + (1-β1)·G``; ``V ← β2·V + (1-β2)·G'²``;
@@ -179,22 +176,19 @@ class Soap(DenseFactors, Optimizer):  # type: ignore[misc]
         whole_number("precondition_frequency", precondition_frequency, 1)
         positive("max_precond_dim", max_precond_dim)
         self.tp_mode = tp_mode
-        self.pg_collection = pg_collection
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "shampoo_beta": shampoo_beta,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "precondition_frequency": precondition_frequency,
-                "max_precond_dim": max_precond_dim,
-                "normalize_grads": normalize_grads,
-                "correct_bias": correct_bias,
-            },
+            pg_collection,
+            lr=lr,
+            betas=betas,
+            shampoo_beta=shampoo_beta,
+            eps=eps,
+            weight_decay=weight_decay,
+            precondition_frequency=precondition_frequency,
+            max_precond_dim=max_precond_dim,
+            normalize_grads=normalize_grads,
+            correct_bias=correct_bias,
         )
-        self.take_state()
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         """``exp_avg``, ``exp_avg_sq`` (m, n); ``L``, ``Q_L`` (m, m); ``R``, ``Q_R`` (n, n); ``step``."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from ...philox import Key, rademacher
 from ...process_groups_config import ProcessGroupCollection
@@ -13,14 +13,14 @@ from ...sharding.parameter_layout import check_gradient, local, local_gradient
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, non_negative
 from ..steps.elementwise import ElementwiseStep, States
-from ..steps.stacked import as_state
+from ..steps.state_views import as_state
 from ..steps.weight_decay import decay_
 from .adam import check_adam
 
 Products = Sequence[Tensor | None]
 
 
-class Sophia(ElementwiseStep, Optimizer):  # type: ignore[misc]
+class Sophia(ElementwiseStep):
     """``m ← β1·m + (1-β1)·g``; ``p ← p - lr·(clip(m / max(ρ·h, ε), ±1) + wd·p)``.
 
     h is a running mean of estimates of the Hessian's diagonal. :meth:`update_hessian` makes them; call it before the first
@@ -67,9 +67,7 @@ class Sophia(ElementwiseStep, Optimizer):  # type: ignore[misc]
             if value == 0:
                 raise ValueError(f"{name}=0 must be above 0.")
         self.estimator, self.hessian_interval, self.seed = estimator, hessian_interval, seed
-        self.pg_collection = pg_collection
-        super().__init__(params, {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay})
-        self.take_state()
+        super().__init__(params, pg_collection, lr=lr, betas=betas, rho=rho, eps=eps, weight_decay=weight_decay)
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
         """``exp_avg`` and ``hessian`` like the parameter; ``hessian_step``, a scalar, counts the estimates."""

@@ -27,9 +27,8 @@ from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ...sharding.tp_modes import Deferred, travels
 from ..steps.argument_checks import choice, fraction, non_negative
-from ..steps.base import ShardedStep
 from ..steps.cache_blocks import row_blocks
-from ..steps.stacked import RuleFunction
+from ..steps.stacked import RuleFunction, StackedStep
 from . import muon as orthogonal
 
 TensorParallelMode = Literal["blockwise", "duplicated", "distributed", "owner", "auto"]
@@ -37,7 +36,7 @@ SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
 PRECISIONS = ("highest", "high", "medium")
 
 
-class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
+class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
     """Muon whose step is the step of the whole matrix, however it is sharded.
 
     ``W ← (1 - lr·wd)·W``; ``M ← μM + (1-μ)G``; ``U = (1-μ)G + μM`` with Nesterov, else ``M``;
@@ -121,7 +120,7 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         self.split_qkv = split_qkv
         self.is_qkv_fn = is_qkv_fn or (lambda p: bool(getattr(p, "is_qkv", False)))
         self.qkv_split_shapes = qkv_split_shapes
-        self.pg_collection = pg_collection
+        self.prepare(pg_collection)
         self.scale_mode = scale_mode
         self.extra_scale_factor = extra_scale_factor
         self._chosen: dict[Layout, Choice] = {}
@@ -156,8 +155,6 @@ class TensorParallelMuon(ShardedStep, OrthogonalizedOptimizer):
         with torch.no_grad():
             out: Tensor = engine.run([(self._name(p), rule)])[0][0]
         return out.to(grad.dtype)
-
-    step = ShardedStep.step
 
     def layout(self, p: Tensor) -> Layout:
         """Where ``p`` and its parts live; its own shard for the whole in ``blockwise`` mode."""

@@ -1,21 +1,19 @@
-"""The one step loop: gradients into buckets, rules through the engine, updates onto the shards."""
+"""What every optimizer here has, whatever its kind; a step runs the rules of its parameters through the engine."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import engine
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
-from ...sharding.parameter_layout import check_gradient, layout_of, local
-from ...sharding.requests import Rule
+from ...sharding.parameter_layout import check_gradient, layout_of
 from ...sharding.state import StateSpec, sizes
 from .constructor_settings import constructor_arguments
-from .stacked import Bucket, RuleFunction, bucket_size
 from .weight_decay import METHOD, check_method
 
 
@@ -75,40 +73,54 @@ class Travelling(NamedTuple):
     begin: Callable[[], engine.Work]
 
 
-class ShardedStep:
-    """Mixin for a ``torch.optim.Optimizer`` class that is written as a rule.
+class ShardedStep(Optimizer):
+    """What every optimizer here has: names, layouts, state from the start, loading, checks, and the step itself.
 
-    The class in front of it in the MRO says what the state is (:meth:`state_specs`) and what the rule is (:meth:`rule`).
-    State is allocated at construction for every parameter, with or without gradient, so that a checkpoint always has the
-    same keys. Parameters without a gradient in a step are left alone, their state untouched.
+    A class is one of three kinds, each with a base class of its own:
+
+    * elementwise (:class:`~.elementwise.ElementwiseStep`): an entry's update needs nothing but that entry. Lion is one:
+      ``update_`` changes lists of tensors, which may be cut anywhere.
+    * stacked (:class:`~.stacked.StackedStep`): an update needs numbers of the whole tensor, and asks for them. LAMB is one:
+      its rule is a generator that yields two norms and is sent their values.
+    * whole-tensor (:class:`~.whole_tensor.WholeStep`): an update is a function of the whole parameter, gradient and state.
+      SOAP is one: ``update_whole_`` knows nothing of shards.
+
+    State exists from construction on for every parameter, with or without a gradient, so that a checkpoint always has the
+    same keys. Parameters without a gradient in a step are left alone, and so is their state.
+
+    Args:
+        params: Parameters or parameter groups, any shapes, DTensors or plain tensors with Megatron's attributes.
+        pg_collection: Process groups, ours or Megatron-Core's; None: DTensors say themselves, plain tensors are whole.
+        defaults: What each parameter group has, unless it says otherwise: ``lr`` and what the rule reads.
     """
 
     kind: Literal["elementwise", "reducing", "matrix"] = "reducing"
     """What the rule asks of other ranks: nothing, reductions, or whole matrices."""
     matrices_only = False
     """Whether parameters that are not 2-D are refused."""
-    widens = True
-    """Whether the rule is given 16-bit parameters and gradients in float32; a rule that widens them itself needs less memory."""
     modes: tuple[str, ...] = ()
     """Tensor-parallel modes that are exact, for a class that takes ``tp_mode``."""
 
-    param_groups: list[dict[str, Any]]
-    defaults: dict[str, Any]
-    state: Any
     _ready = False
-    pg_collection: ProcessGroupCollection | None
+
+    def __init__(
+        self, params: ParamsT, pg_collection: ProcessGroupCollection | None = None, /, **defaults: Any
+    ) -> None:
+        self.prepare(pg_collection)
+        super().__init__(params, defaults)
+        self.take_state()
+
+    def prepare(self, pg_collection: ProcessGroupCollection | None) -> None:
+        """Make what :meth:`add_param_group` needs; before torch's constructor, which calls it."""
+        self.pg_collection = pg_collection
+        self._groups = (
+            ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
+        )
+        self._names = WeakTensorKeyDictionary()
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """What each parameter of ``layout`` in ``group`` keeps between steps."""
         raise NotImplementedError
-
-    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """The update of the parameters in ``group``."""
-        raise NotImplementedError
-
-    def traffic(self, layout: Layout) -> tuple[float, int]:
-        """Work for a parameter of ``layout``, and entries of the largest whole tensor that goes to a rank for it, or 0."""
-        return 0.0, 0
 
     def layout(self, p: Tensor) -> Layout:
         """Where ``p`` lives, as this optimizer's rule sees it."""
@@ -132,7 +144,7 @@ class ShardedStep:
         return "elementwise"
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step with the gradients in ``.grad``; mutates parameters and state.
 
         Args:
@@ -151,48 +163,25 @@ class ShardedStep:
 
     def updates(self) -> Iterator[engine.Work]:
         """The rules of one step, for :func:`engine.run`; a chain of optimizers runs those of all its members together."""
-        check_gradients(self.param_groups)
-        for group in self.param_groups:
-            self._init_group(group)
-            for bucket in self._buckets(group):
-                if not bucket.begun:
-                    yield self._work(bucket, group)
-                bucket.begun = False
+        raise NotImplementedError
 
     def travelling(self) -> Iterator[Travelling]:
-        """The buckets whose matrices travel, to be stepped before the others; :meth:`updates` leaves out what was begun."""
-        position = {p: at for at, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        for group in self.param_groups if self.kind == "matrix" else ():
-            self._init_group(group)
-            for bucket in self._buckets(group):
-                bucket.begun = False
-                if entries := self.traffic(bucket.layout)[1]:
-                    first = min(position[p] for p in bucket.params)
-                    yield Travelling(bucket.params, first, entries, partial(self._begin, bucket, group))
+        """The rules of those matrices that may leave for their owners during backward; :meth:`updates` leaves out what left."""
+        return iter(())
 
-    def _begin(self, bucket: Bucket, group: Mapping[str, Any]) -> engine.Work:
-        bucket.begun = True
-        return self._work(bucket, group)
-
-    def _work(self, bucket: Bucket, group: Mapping[str, Any]) -> engine.Work:
-        return engine.Work(bucket.label, self._scoped(bucket, group), *self.traffic(bucket.layout))
-
-    @torch.no_grad()
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
         """Make state for the parameters of ``group`` and take over what was loaded or put into ``self.state``.
 
         ``skip_non_grad_params`` is accepted for Megatron's sake: state exists for every parameter from the start.
         """
-        for bucket in self._buckets(group):
-            bucket.bind(self.state)
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, for the parameters that the groups have now."""
         for group in self.param_groups:
             self._init_group(group)
         forget_gone(self)
-        state: dict[str, Any] = super().state_dict()  # type: ignore[misc]
-        return state
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state keeps its own dtype, is copied at once, and is left as it was when the new one does not fit.
@@ -200,7 +189,7 @@ class ShardedStep:
         Raises:
             ValueError: when a state tensor has another shape than this optimizer keeps.
         """
-        load_state(self, state_dict, super().load_state_dict, self.take_state)  # type: ignore[misc]
+        load_state(self, state_dict, super().load_state_dict, self.take_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; refuses parameters that the rule cannot serve before they are added, and makes their state.
@@ -209,7 +198,7 @@ class ShardedStep:
             ValueError: for such parameters, and for an argument of the constructor that is the same for all groups.
         """
         self._check_settings(param_group)
-        super().add_param_group(param_group)  # type: ignore[misc]
+        super().add_param_group(param_group)
         try:
             for p in self.param_groups[-1]["params"]:
                 self.check(p, self.param_groups[-1])
@@ -259,26 +248,12 @@ class ShardedStep:
             f"load_state_dict(optimizer.state_dict()), or save with core.checkpoint."
         )
 
-    def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
-        p.add_(update, alpha=-float(group["lr"]))
-
-    def _scoped(self, bucket: Bucket, group: Mapping[str, Any]) -> Rule:
-        return bucket.update(self.rule(group), self._apply, group, widens=self.widens)
-
-    @property
-    def _groups(self) -> ProcessGroupCollection:
-        if not hasattr(self, "_collection"):
-            given = self.pg_collection
-            self._collection = ProcessGroupCollection() if given is None else ProcessGroupCollection.from_any(given)
-        return self._collection
-
     def _name(self, p: Tensor) -> str:
-        names = self.__dict__.setdefault("_names", WeakTensorKeyDictionary())
-        if p not in names:
+        if p not in self._names:
             for group in self.param_groups:
-                names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-            names.setdefault(p, f"parameter of shape {tuple(p.shape)}")
-        return str(names[p])
+                self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+            self._names.setdefault(p, f"parameter of shape {tuple(p.shape)}")
+        return str(self._names[p])
 
     def _key(self, p: Tensor) -> str:
         """By which randomness of ``p`` is keyed: its name, or else its position among the parameters of this optimizer.
@@ -293,25 +268,3 @@ class ShardedStep:
                     return str(names[k]) if names else f"parameter {at + k}"
             at += len(group["params"])
         raise AssertionError("the parameter is in none of the groups")
-
-    def _buckets(self, group: Mapping[str, Any]) -> list[Bucket]:
-        """The buckets of ``group``; made anew when its list of parameters is no longer the one they were made of."""
-        made: dict[tuple[Any, ...], list[Bucket]] = self.__dict__.setdefault("_made", {})
-        key = tuple((id(p), p.dtype, p.device) for p in group["params"])
-        if key not in made:
-            alive = {tuple((id(p), p.dtype, p.device) for p in other["params"]) for other in self.param_groups}
-            for gone in [k for k in made if k not in alive]:
-                del made[gone]
-            made[key] = list(self._make_buckets(group))
-        return made[key]
-
-    def _make_buckets(self, group: Mapping[str, Any]) -> Iterator[Bucket]:
-        alike: dict[Any, list[Tensor]] = {}
-        for p in group["params"]:
-            shard = local(p)
-            alike.setdefault((self.layout(p), shard.dtype, shard.device), []).append(p)
-        for (layout, _, _), params in alike.items():
-            size = bucket_size(local(params[0]), layout)
-            for i in range(0, len(params), size):
-                some = params[i : i + size]
-                yield Bucket.make(some, layout, self.state_specs(group, layout), [self._key(p) for p in some])

@@ -13,7 +13,7 @@ from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from .base import ShardedStep, check_gradients
 from .cache_blocks import BLOCK_BYTES
-from .stacked import as_state
+from .state_views import as_state
 from .weight_decay import decay_first_
 
 States = Mapping[str, list[Tensor]]
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class ElementwiseStep(ShardedStep):
-    """Mixin for a ``torch.optim.Optimizer`` class whose rule is one call on lists of tensors (foreach or fused).
+    """Base of optimizers whose update of an entry needs nothing but that entry: the rule is one call on lists of tensors.
 
     A rule is in two parts. :meth:`scalars` counts steps and the like, on the host, once a parameter; :meth:`update_` changes
     entries, and is called several times a step, with pieces of the parameters that have equal scalars. A rule without

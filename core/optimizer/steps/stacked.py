@@ -1,27 +1,30 @@
-"""Parameters of equal shard shape and layout, whose state is one stack and whose update is one call of the rule."""
+"""Optimizers that ask for numbers of whole tensors: parameters of one shape and layout are a stack, and one call of the rule."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from ... import engine
+from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local, local_gradient
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
+from .base import ShardedStep, Travelling, check_gradients
+from .state_views import as_state
 from .weight_decay import decay_first_
 
 STACK_BYTES = {"cpu": 2**18}
 """Largest stack of gradients by device: on CPU small matrices gain from sharing a call, large ones fall out of the cache."""
 
 RuleFunction = Callable[[Tensor, Tensor, Any, Layout, Mapping[str, Any]], Rule]
-"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); its result is what to subtract, times lr.
+"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); its result is what the class :attr:`~StackedStep.returns`.
 
 ``state`` has the state's stacks, ``names`` (keys of randomness), and ``stored``, the dtype that the parameters are kept in.
 """
@@ -134,30 +137,93 @@ class Bucket:
             apply(target, update, group)
 
 
-def as_state(view: Tensor, p: Tensor, spec: StateSpec, layout: Layout) -> Tensor:
-    """``view`` as users see it: a DTensor that shares its memory when the parameter is one, so that torch can reshard it.
+class StackedStep(ShardedStep):
+    """Base of optimizers whose update needs numbers of the whole tensor, such as its norm or the means of its rows.
 
-    What belongs to this rank's block alone (a statistic in ``blockwise`` mode) has no place in the whole and stays plain.
+    A subclass says what the state is (:meth:`state_specs`) and what the rule is (:meth:`rule`), a generator on stacks of
+    parameters that yields a request wherever it needs such a number.
     """
-    if not isinstance(p, DTensor) or (spec.dims != "*" and layout.shape != p.shape):
-        return view
-    placements: list[Placement] = []
-    for placement in p.placements:
-        at = _dim_of(spec, placement.dim - p.ndim, p.ndim) if isinstance(placement, Shard | _StridedShard) else None
-        if at is None:
-            placements.append(Replicate())
-        elif isinstance(placement, _StridedShard):
-            placements.append(_StridedShard(at, split_factor=placement.split_factor))
-        else:
-            placements.append(Shard(at))
-    shape = torch.Size(spec.layout(Layout.whole(p.shape)).shape)
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(view, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
+    widens = True
+    """Whether the rule is given 16-bit parameters and gradients in float32; a rule that widens them itself needs less memory."""
+    returns: Literal["update", "parameter"] = "update"
+    """What a rule's result is: what to subtract from the parameter, times lr; or the new parameter itself."""
 
-def _dim_of(spec: StateSpec, parameter_dim: int, ndim: int) -> int | None:
-    """The dim of the state that is sharded with ``parameter_dim``, or None."""
-    if spec.dims == "*":
-        return parameter_dim + ndim
-    sharded = [d if c.islower() else None for c, d in zip(spec.dims, spec.follows, strict=True)]
-    return sharded.index(parameter_dim) if parameter_dim in sharded else None
+    def prepare(self, pg_collection: ProcessGroupCollection | None) -> None:
+        """As in the base class."""
+        super().prepare(pg_collection)
+        self._made_buckets: dict[tuple[Any, ...], list[Bucket]] = {}
+
+    def rule(self, group: Mapping[str, Any]) -> RuleFunction:
+        """The update of the parameters in ``group``."""
+        raise NotImplementedError
+
+    def traffic(self, layout: Layout) -> tuple[float, int]:
+        """Work for a parameter of ``layout``, and entries of the largest whole tensor that goes to a rank for it, or 0."""
+        return 0.0, 0
+
+    def updates(self) -> Iterator[engine.Work]:
+        """The rules of one step, for :func:`engine.run`; a chain of optimizers runs those of all its members together."""
+        check_gradients(self.param_groups)
+        for group in self.param_groups:
+            self._init_group(group)
+            for bucket in self._buckets(group):
+                if not bucket.begun:
+                    yield self._work(bucket, group)
+                bucket.begun = False
+
+    def travelling(self) -> Iterator[Travelling]:
+        """The buckets whose matrices travel, to be stepped before the others; :meth:`updates` leaves out what was begun."""
+        position = {p: at for at, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        for group in self.param_groups if self.kind == "matrix" else ():
+            self._init_group(group)
+            for bucket in self._buckets(group):
+                bucket.begun = False
+                if entries := self.traffic(bucket.layout)[1]:
+                    first = min(position[p] for p in bucket.params)
+                    yield Travelling(bucket.params, first, entries, partial(self._begin, bucket, group))
+
+    def _begin(self, bucket: Bucket, group: Mapping[str, Any]) -> engine.Work:
+        bucket.begun = True
+        return self._work(bucket, group)
+
+    def _work(self, bucket: Bucket, group: Mapping[str, Any]) -> engine.Work:
+        return engine.Work(bucket.label, self._scoped(bucket, group), *self.traffic(bucket.layout))
+
+    @torch.no_grad()
+    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
+        for bucket in self._buckets(group):
+            bucket.bind(self.state)
+
+    def _apply(self, p: Tensor, result: Tensor, group: Mapping[str, Any]) -> None:
+        """Bring what the rule returned for the shard ``p`` onto it."""
+        if self.returns == "update":
+            p.add_(result, alpha=-float(group["lr"]))
+        # A rule that updates the stack in place has done it already, where that is the parameter itself.
+        elif p.data_ptr() != result.data_ptr() or p.dtype != result.dtype:
+            p.copy_(result)
+
+    def _scoped(self, bucket: Bucket, group: Mapping[str, Any]) -> Rule:
+        return bucket.update(self.rule(group), self._apply, group, widens=self.widens)
+
+    def _buckets(self, group: Mapping[str, Any]) -> list[Bucket]:
+        """The buckets of ``group``; made anew when its list of parameters is no longer the one they were made of."""
+        made = self._made_buckets
+        key = tuple((id(p), p.dtype, p.device) for p in group["params"])
+        if key not in made:
+            alive = {tuple((id(p), p.dtype, p.device) for p in other["params"]) for other in self.param_groups}
+            for gone in [k for k in made if k not in alive]:
+                del made[gone]
+            made[key] = list(self._make_buckets(group))
+        return made[key]
+
+    def _make_buckets(self, group: Mapping[str, Any]) -> Iterator[Bucket]:
+        alike: dict[Any, list[Tensor]] = {}
+        for p in group["params"]:
+            shard = local(p)
+            alike.setdefault((self.layout(p), shard.dtype, shard.device), []).append(p)
+        for (layout, _, _), params in alike.items():
+            size = bucket_size(local(params[0]), layout)
+            for i in range(0, len(params), size):
+                same = params[i : i + size]
+                yield Bucket.make(same, layout, self.state_specs(group, layout), [self._key(p) for p in same])

@@ -47,7 +47,7 @@ class LibraryStep(WholeStep):
             non_negative(name, float(given.get(name, 0.0)))
         self.tp_mode: WholeMode = given.pop("tp_mode")
         self.seed: int = given.pop("seed", 0)
-        self.pg_collection: ProcessGroupCollection | None = given.pop("pg_collection")
+        pg_collection: ProcessGroupCollection | None = given.pop("pg_collection")
         del given["params"]
         # One instance serves all tensors: it is lent each with its state for the time of a step.
         self._inner = self.inner([nn.Parameter(torch.ones(1, 1))], **given)
@@ -57,8 +57,7 @@ class LibraryStep(WholeStep):
         self._check_start()
         self._probes: dict[Any, dict[str, Any]] = {}
         self._given = given
-        super().__init__(params, defaults)  # type: ignore[call-arg]
-        self.take_state()
+        super().__init__(params, pg_collection, **defaults)
         self._construct_on_wholes([p for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -230,7 +229,7 @@ def on_whole_tensors(
     ]
     made = type(
         f"Whole{inner.__name__}",
-        (LibraryStep, Optimizer),
+        (LibraryStep,),
         {
             "__doc__": f"{inner.__module__}.{inner.__name__} of whole tensors; see :func:`on_whole_tensors`.",
             "__module__": __name__,

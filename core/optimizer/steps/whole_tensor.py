@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...engine import Work
-from ...process_groups_config import Axis, Domain
+from ...process_groups_config import Axis, Domain, ProcessGroupCollection
 from ...sharding.dealing import deal_to_least
 from ...sharding.layout import Layout, Split
 from ...sharding.parameter_layout import layout_of, local, local_gradient
@@ -20,7 +20,7 @@ from ...sharding.requests import Move, Placement, Rule
 from ...sharding.state import sizes
 from ...sharding.tp_modes import Deferred, shard_of
 from .argument_checks import choice
-from .base import ShardedStep, Travelling, check_gradients
+from .base import ShardedStep, check_gradients
 from .weight_decay import decay_first_
 
 WholeMode = Literal["owner", "duplicated"]
@@ -130,7 +130,7 @@ Change = Callable[..., None]
 
 
 class WholeStep(ShardedStep):
-    """Mixin for a ``torch.optim.Optimizer`` class whose update is a function of the whole parameter, gradient and state.
+    """Base of optimizers whose update is a function of the whole parameter, gradient and state.
 
     With ``tp_mode="owner"`` parameters are dealt, once, over all ranks that hold a shard or a copy; a step brings parameter
     and gradient to the owner and the new parameter back, two collectives for all of them together, and state is kept there
@@ -146,6 +146,12 @@ class WholeStep(ShardedStep):
     kind = "matrix"
     tp_mode: WholeMode
     modes = get_args(WholeMode)
+
+    def prepare(self, pg_collection: ProcessGroupCollection | None) -> None:
+        """As in the base class."""
+        super().prepare(pg_collection)
+        self._parameters: Any = WeakTensorKeyDictionary()  # parameter → Parameter
+        self._loads: dict[Domain, list[float]] = {}
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         """What is kept between steps for a whole tensor of ``shape``."""
@@ -201,10 +207,6 @@ class WholeStep(ShardedStep):
             for p in group["params"]:
                 if p.grad is not None:
                     yield self._whole_work(p, self._update(p, group), tensors=2)
-
-    def travelling(self) -> Iterator[Travelling]:
-        """None: they are all stepped after backward."""
-        return iter(())
 
     @torch.no_grad()
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
@@ -313,11 +315,6 @@ class WholeStep(ShardedStep):
             for slot, spec in self.whole_specs(unit.layout.shape, group).items():
                 yield slot + unit.suffix, spec, unit
 
-    @property
-    def _parameters(self) -> Any:
-        """Parameter → :class:`Parameter`."""
-        return self.__dict__.setdefault("_made_parameters", WeakTensorKeyDictionary())
-
     def _find_homes(self) -> None:
         """Deal the parameters that have no home yet: the dearest first, each to the rank with the least to do."""
         layouts = {
@@ -329,13 +326,12 @@ class WholeStep(ShardedStep):
             for p, lay in layouts.items()
             for k, (_, part) in enumerate(lay.split_parts(local(p).unsqueeze(0)))
         ]
-        loads: dict[Domain, list[float]] = self.__dict__.setdefault("_loads", {})
         before = self._owners_before(parts)
         for part, p, k, suffix in sorted(parts, key=lambda entry: -self.cost(entry[0].shape)):
             domain, owner = part.domain, before.get((id(p), suffix))
             assert domain is not None
             if owner is None and self.tp_mode == "owner" and domain.size > 1:
-                load = loads.setdefault(domain, [0.0] * domain.size)
+                load = self._loads.setdefault(domain, [0.0] * domain.size)
                 owner = deal_to_least(load, self.cost(part.shape))
             units[p][k] = Unit(self._key(p) + suffix, part, Home(domain, owner), suffix)
         for p, found in units.items():

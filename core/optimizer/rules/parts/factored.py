@@ -203,9 +203,3 @@ def _square_norm(x: Tensor) -> Tensor:
     for dim in range(x.ndim - 1, 0, -1):
         x = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x.square()
-
-
-def keep_new_(p: Tensor, new: Tensor) -> None:
-    """Put ``new`` into ``p``, for a rule that updates a stack in place: nothing to do where that is the parameter itself."""
-    if p.data_ptr() != new.data_ptr() or p.dtype != new.dtype:
-        p.copy_(new)
