@@ -15,6 +15,7 @@ from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, fraction, non_negative, positive
 from ..steps.stacked import RuleFunction, StackedStep
+from .parts.adam_parts import per_parameter
 from .parts.factored import (
     Factoring,
     Scaling,
@@ -26,7 +27,6 @@ from .parts.factored import (
     square_sums,
     two_largest,
 )
-from .parts.moments import per_parameter
 
 Variant = Literal["optax", "torch", "forgather"]
 

@@ -10,13 +10,10 @@ from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.state import StateSpec
-from ..steps.argument_checks import choice, fraction, non_negative
+from ..steps.argument_checks import check_adam, non_negative
 from ..steps.elementwise import ElementwiseStep, States
 from ..steps.weight_decay import decay_
-from .parts.fused_adam import fused_adam_
-
-MU_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Names of the dtypes in which a mean of gradients can be kept; None: the parameter's, but at least float32."""
+from .parts.adam_parts import MU_DTYPES, bias_corrections, check_mu_dtype, denominators, fused_adam_, mean_square_
 
 
 class Adam(ElementwiseStep):
@@ -190,46 +187,3 @@ class RAdam(ElementwiseStep):
             torch._foreach_addcdiv_(params, means, denominators(squares, 1.0, group["eps"]), -group["rate"])
         else:
             torch._foreach_add_(params, means, alpha=-group["rate"])
-
-
-def check_adam(lr: float, betas: tuple[float, ...], eps: float, weight_decay: float, *, count: int = 2) -> None:
-    """Raise ValueError for an argument out of range; ``count`` is the number of betas."""
-    non_negative("lr", float(lr))
-    if len(betas) != count:
-        raise ValueError(f"betas={betas} must be {count} numbers, each the decay of one running mean.")
-    for i, beta in enumerate(betas):
-        fraction(f"betas[{i}]", beta)
-    non_negative("eps", eps)
-    non_negative("weight_decay", weight_decay)
-
-
-def check_mu_dtype(mu_dtype: str | None) -> None:
-    """Raise ValueError unless ``mu_dtype`` is None or a name in :data:`MU_DTYPES`."""
-    if mu_dtype is not None:
-        choice("mu_dtype", mu_dtype, [name for name in MU_DTYPES if name])
-
-
-def bias_corrections(step: Tensor, betas: tuple[float, ...]) -> tuple[float, ...]:
-    """Count ``step``, a scalar on the host, up to t; 1 - βᵗ of each β."""
-    t = float(step.add_(1))
-    return tuple(1 - beta**t for beta in betas)
-
-
-def mean_square_(squares: list[Tensor], grads: list[Tensor], beta: float) -> None:
-    """``v ← βv + (1-β)g²`` in place."""
-    torch._foreach_mul_(squares, beta)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta)
-
-
-def denominators(squares: list[Tensor], scale: float, eps: float, eps_root: float = 0.0) -> list[Tensor]:
-    """``√(scale·v + eps_root) + eps``, in new tensors."""
-    if eps_root:
-        roots = list(torch._foreach_mul(squares, scale))
-        torch._foreach_add_(roots, eps_root)
-        torch._foreach_sqrt_(roots)
-    else:
-        roots = list(torch._foreach_sqrt(squares))
-        if scale != 1:
-            torch._foreach_mul_(roots, math.sqrt(scale))
-    torch._foreach_add_(roots, eps)
-    return roots

@@ -13,9 +13,10 @@ from ...precision.stochastic_rounding import stochastic_round
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.parameter_layout import local, local_gradient
 from ...sharding.state import StateSpec
+from ..steps.argument_checks import check_adam
 from ..steps.elementwise import ElementwiseStep, States
 from ..steps.weight_decay import decay_
-from .adam import bias_corrections, check_adam, denominators, mean_square_
+from .parts.adam_parts import bias_corrections, denominators, mean_square_
 
 
 class AdamWSR(ElementwiseStep):

@@ -10,10 +10,10 @@ from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.state import StateSpec
-from ..steps.argument_checks import non_negative
+from ..steps.argument_checks import check_adam, non_negative
 from ..steps.elementwise import ElementwiseStep, States
 from ..steps.weight_decay import decay_
-from .adam import bias_corrections, check_adam, denominators, mean_square_
+from .parts.adam_parts import bias_corrections, denominators, mean_square_
 
 
 class AdEMAMix(ElementwiseStep):

@@ -12,10 +12,9 @@ from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ..steps.argument_checks import choice, non_negative, whole_number
+from ..steps.argument_checks import check_adam, choice, non_negative, whole_number
 from ..steps.stacked import RuleFunction, StackedStep
-from .adam import check_adam
-from .parts.moments import bias_correction
+from .parts.adam_parts import bias_correction
 from .parts.projectors import Drawn, Orthonormalize, Projector, Sides, projection, projection_specs
 
 GROWTH = 1.01

@@ -13,10 +13,9 @@ from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ..steps.argument_checks import choice, non_negative
+from ..steps.argument_checks import check_adam, choice, non_negative
 from ..steps.stacked import RuleFunction, StackedStep
-from .adam import check_adam
-from .parts.moments import per_parameter
+from .parts.adam_parts import per_parameter
 
 VARIANTS = ("paper", "entropy")
 

@@ -11,11 +11,10 @@ from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ..steps.argument_checks import fraction, non_negative, positive
+from ..steps.argument_checks import check_adam, fraction, non_negative, positive
 from ..steps.global_clip import GlobalClip
 from ..steps.stacked import RuleFunction, StackedStep
-from .adam import check_adam
-from .parts.fused_adam import SPECS, adam_step_
+from .parts.adam_parts import SPECS, adam_step_
 
 
 def trust_ratio(norm: Tensor, other: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.state import StateSpec
+from ..steps.argument_checks import check_adam
 from ..steps.elementwise import ElementwiseStep, States
 from ..steps.weight_decay import decay_
-from .adam import MU_DTYPES, check_adam, check_mu_dtype
+from .parts.adam_parts import MU_DTYPES, check_mu_dtype
 
 
 class Lion(ElementwiseStep):

@@ -12,12 +12,11 @@ from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ..steps.argument_checks import choice, non_negative
+from ..steps.argument_checks import check_adam, choice, non_negative
 from ..steps.global_clip import GlobalClip
 from ..steps.stacked import RuleFunction
-from .adam import check_adam
+from .parts.adam_parts import SPECS, adam_step_
 from .parts.factored import blocks
-from .parts.fused_adam import SPECS, adam_step_
 
 CLIPS = ("global", "tensor")
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ...process_groups_config import ProcessGroupCollection
-from ..steps.argument_checks import positive, whole_number
+from ..steps.argument_checks import check_adam, positive, whole_number
 from ..steps.weight_decay import decay_
 from ..steps.whole_tensor import WholeMode, WholeState, WholeStep
-from .adam import check_adam
 
 LEVELS = 15
 """Steps between the smallest and the largest value of a block in 4 bits."""

@@ -14,7 +14,7 @@ from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import non_negative
 from ..steps.stacked import RuleFunction
-from .parts.moments import bias_correction
+from .parts.adam_parts import bias_correction
 from .tensor_parallel_muon import TensorParallelMode, TensorParallelMuon
 
 

@@ -12,7 +12,7 @@ from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, fraction, non_negative
 from ..steps.elementwise import ElementwiseStep, States
 from ..steps.weight_decay import decay_
-from .adam import denominators, mean_square_
+from .parts.adam_parts import denominators, mean_square_
 
 DECAYS = {"optax": 0.9, "torch": 0.99}
 

@@ -11,10 +11,10 @@ from ...engine import Work
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.parameter_layout import local
 from ...sharding.state import StateSpec
-from ..steps.argument_checks import non_negative
+from ..steps.argument_checks import check_adam, non_negative
 from ..steps.elementwise import ElementwiseStep, States
 from ..steps.weight_decay import METHOD, decay_, equivalent
-from .adam import check_adam, denominators, mean_square_
+from .parts.adam_parts import denominators, mean_square_
 
 
 class ScheduleFree(ElementwiseStep):

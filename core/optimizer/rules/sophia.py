@@ -11,11 +11,10 @@ from ...philox import Key, rademacher
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.parameter_layout import check_gradient, local, local_gradient
 from ...sharding.state import StateSpec
-from ..steps.argument_checks import choice, non_negative
+from ..steps.argument_checks import check_adam, choice, non_negative
 from ..steps.elementwise import ElementwiseStep, States
 from ..steps.state_views import as_state
 from ..steps.weight_decay import decay_
-from .adam import check_adam
 
 Products = Sequence[Tensor | None]
 

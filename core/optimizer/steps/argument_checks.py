@@ -32,3 +32,14 @@ def positive(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is a finite number > 0."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value} must be a finite number above 0.")
+
+
+def check_adam(lr: float, betas: tuple[float, ...], eps: float, weight_decay: float, *, count: int = 2) -> None:
+    """Raise ValueError for an argument out of range; ``count`` is the number of betas."""
+    non_negative("lr", float(lr))
+    if len(betas) != count:
+        raise ValueError(f"betas={betas} must be {count} numbers, each the decay of one running mean.")
+    for i, beta in enumerate(betas):
+        fraction(f"betas[{i}]", beta)
+    non_negative("eps", eps)
+    non_negative("weight_decay", weight_decay)

@@ -1,5 +1,6 @@
-"""Adam's step by torch's fused kernel, for rules that take it block by block or do something to it before they take it."""
+"""Running means and Adam's step, as several optimizers use them: on lists, on stacks, and by torch's fused kernel."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,58 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from ....sharding.state import StateSpec
+from ...steps.argument_checks import choice
+
+MU_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Names of the dtypes in which a mean of gradients can be kept; None: the parameter's, but at least float32."""
 
 SPECS = {"step": StateSpec("", dtype=torch.float32), "exp_avg": StateSpec("*"), "exp_avg_sq": StateSpec("*")}
 """The state that :func:`adam_step_` works on."""
+
+
+def check_mu_dtype(mu_dtype: str | None) -> None:
+    """Raise ValueError unless ``mu_dtype`` is None or a name in :data:`MU_DTYPES`."""
+    if mu_dtype is not None:
+        choice("mu_dtype", mu_dtype, [name for name in MU_DTYPES if name])
+
+
+def bias_corrections(step: Tensor, betas: tuple[float, ...]) -> tuple[float, ...]:
+    """Count ``step``, a scalar on the host, up to t; 1 - βᵗ of each β."""
+    t = float(step.add_(1))
+    return tuple(1 - beta**t for beta in betas)
+
+
+def mean_square_(squares: list[Tensor], grads: list[Tensor], beta: float) -> None:
+    """``v ← βv + (1-β)g²`` in place."""
+    torch._foreach_mul_(squares, beta)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta)
+
+
+def denominators(squares: list[Tensor], scale: float, eps: float, eps_root: float = 0.0) -> list[Tensor]:
+    """``√(scale·v + eps_root) + eps``, in new tensors."""
+    if eps_root:
+        roots = list(torch._foreach_mul(squares, scale))
+        torch._foreach_add_(roots, eps_root)
+        torch._foreach_sqrt_(roots)
+    else:
+        roots = list(torch._foreach_sqrt(squares))
+        if scale != 1:
+            torch._foreach_mul_(roots, math.sqrt(scale))
+    torch._foreach_add_(roots, eps)
+    return roots
+
+
+def per_parameter(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` (B,), one number a parameter, as (B, 1, …, 1) of the dtype and device of ``like`` (B, *shard)."""
+    return x.to(device=like.device, dtype=like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def bias_correction(beta: float, step: Tensor, like: Tensor) -> Tensor:
+    """1 - βᵗ for the step counts ``step`` (B,), computed in float64; (B, 1, …, 1) of the dtype of ``like``.
+
+    Source: Kingma & Ba 2014, section 3, https://arxiv.org/abs/1412.6980
+    """
+    return per_parameter(1 - torch.pow(beta, step.double()), like)
 
 
 def adam_step_(
