@@ -11,11 +11,10 @@ from torch.optim.optimizer import ParamsT
 from ...cost.auto import Rates
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
-from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, fraction, non_negative
 from ..steps.stacked import RuleFunction
-from . import muon as orthogonal
+from .muon import Moment2, adaptive_muon, moment2_spec
 from .tensor_parallel_muon import TensorParallelMode, TensorParallelMuon
 
 
@@ -52,7 +51,7 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
         extra_scale_factor: float = 1.0,
         pg_collection: ProcessGroupCollection | None = None,
         tp_mode: TensorParallelMode = "duplicated",
-        moment2_method: orthogonal.Moment2 = "adamuon",
+        moment2_method: Moment2 = "adamuon",
         beta2: float = 0.95,
         eps: float = 1e-8,
         *,
@@ -60,7 +59,7 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
         ns_plan: str = "static",
         auto_rates: Rates | None = None,
     ) -> None:
-        choice("moment2_method", moment2_method, get_args(orthogonal.Moment2))
+        choice("moment2_method", moment2_method, get_args(Moment2))
         fraction("beta2", beta2)
         non_negative("eps", eps)
         if moment2_method == "namo" and not use_decoupled_weight_decay:
@@ -101,28 +100,9 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
         """``momentum_buffer`` like the parameter; ``moment2_buffer`` by method."""
         return {
             **super().state_specs(group, layout),
-            "moment2_buffer": orthogonal.moment2_spec(self.moment2_method, layout),
+            "moment2_buffer": moment2_spec(self.moment2_method, layout),
         }
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """Momentum, orthogonalization, second moment, scale."""
-        return self._adaptive_muon
-
-    def _adaptive_muon(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
-        u = self._momentum(p, g, s, group)
-        if self.moment2_method == "namo":
-            formed = u.form()
-            # Asked here, while gradient and direction are at hand, and sent later, for not to delay the matrices.
-            norms = lay.norm(g.to(u.dtype)), lay.norm(formed)
-            o = (yield self._orthogonal(formed, lay, scaled=False)).to(u.dtype)
-            del formed
-            o = orthogonal.namo(o, s.moment2_buffer, *(yield norms), beta2=group["beta2"], eps=group["eps"])
-        else:
-            o = (yield self._orthogonal(u, lay, scaled=False)).to(u.dtype)
-            adapt = (
-                orthogonal.normuon
-                if self.moment2_method == "normuon"
-                else partial(orthogonal.adamuon, align_rms=self._align_rms)
-            )
-            o = yield adapt(o, s.moment2_buffer, lay, beta2=group["beta2"], eps=group["eps"])
-        return o * lay.per_part(self._scale, o)
+        """Muon's with a second moment (:func:`~.muon.adaptive_muon`)."""
+        return partial(adaptive_muon, how=self._how, method=self.moment2_method, align_rms=self._align_rms)

@@ -1,17 +1,18 @@
-"""Muon and its adaptive variants as rules: momentum, orthogonalization of the whole matrix, second moment."""
+"""Muon and its adaptive variants as rules: momentum, orthogonalization of the whole matrix, second moment, scale.
+
+How the shards of a matrix come together is no business of a rule: it is told how to orthogonalize (:class:`How`).
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from ...linalg.matmul_precision import compute_dtype
-from ...linalg.newton_schulz import flops
-from ...sharding.layout import Layout, Mode
+from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ...sharding.tp_modes import Deferred, MatrixRule, on_matrix
+from ...sharding.tp_modes import Deferred
 from ..steps.cache_blocks import row_blocks
 
 Group = Mapping[str, Any]
@@ -19,24 +20,68 @@ Scale = Callable[[int, int], float]
 Moment2 = Literal["adamuon", "normuon", "namo"]
 
 
-def momentum(g: Tensor, buffer: Tensor, *, mu: float, nesterov: bool) -> Tensor:
-    """The direction U of M ← μM + (1-μ)G: M, or (1-μ)G + μM with Nesterov. Updates ``buffer``."""
-    buffer.lerp_(g, 1 - mu)
-    return g.lerp(buffer, mu) if nesterov else buffer
+@dataclass(frozen=True)
+class How:
+    """What the rules here need besides the parameter group.
+
+    Attributes:
+        orthogonalize: ``orthogonalize(u, layout, scale)``: a rule that returns ``scale(m, n) · NS(U)`` of each whole (m, n)
+            matrix, or part of a fused one, of which ``u`` (B, *shard) are the shards; None stands for a scale of 1.
+        scale: ``scale(m, n)``: the factor of the update, by the whole shape.
+        nesterov: Whether to look one step ahead.
+        l2: Whether the group's weight decay is added to the gradient.
+    """
+
+    orthogonalize: Callable[[Tensor | Deferred, Layout, Scale | None], Rule]
+    scale: Scale
+    nesterov: bool
+    l2: bool
 
 
-def write_momentum(out: Tensor, g: Tensor, buffer: Tensor, *, mu: float, nesterov: bool) -> None:
-    """:func:`momentum` written into ``out``, in its dtype, block by block where a block fits the cache."""
-    for o, b, h in row_blocks(out, buffer, g):
-        o.copy_(momentum(h.to(b.dtype), b, mu=mu, nesterov=nesterov))
+def muon(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Group, *, how: How) -> Rule:
+    """Muon's update of stacks (B, *shard), ``scale(m, n) · NS(U)``; updates the momentum ``s.momentum_buffer``.
+
+    Source: https://kellerjordan.github.io/posts/muon/
+    """
+    u = direction(p, g, s, group, how)
+    return (yield how.orthogonalize(u, lay, how.scale))
 
 
-def orthogonal(u: Tensor | Deferred, lay: Layout, fn: MatrixRule, *, mode: Mode, precision: str) -> Rule:
-    """``fn`` of the whole matrix of each momentum shard in ``u`` (B, m, n), in the arithmetic of ``precision``."""
-    # Cast before the shards travel: half the bytes, and the owner sees what an unsharded run would see.
-    dtype = compute_dtype(u.dtype, precision)
-    x = u.to(dtype) if isinstance(u, Tensor) else replace(u, dtype=dtype)
-    return (yield on_matrix(fn, x, lay, mode, flops))
+def direction(p: Tensor, g: Tensor, s: Any, group: Group, how: How) -> Deferred:
+    """The direction U that Muon orthogonalizes, and the update of the momentum M.
+
+    Both happen when U is written: while a wave is packed, straight into the buffer in which the matrix travels to its owner.
+    """
+    mu, decay = group["momentum"], group["weight_decay"] if how.l2 else 0
+
+    def write(out: Tensor) -> None:
+        for u, m, grad, weight in row_blocks(out, s.momentum_buffer, g, p):
+            grad = grad.to(m.dtype).add(weight, alpha=decay) if decay else grad.to(m.dtype)
+            m.lerp_(grad, 1 - mu)  # M ← μM + (1-μ)G
+            u.copy_(grad.lerp(m, mu) if how.nesterov else m)  # U = (1-μ)G + μM, or M without Nesterov
+
+    return Deferred(tuple(g.shape), s.momentum_buffer.dtype, g.device, write)
+
+
+def adaptive_muon(
+    p: Tensor, g: Tensor, s: Any, lay: Layout, group: Group, *, how: How, method: Moment2, align_rms: bool = False
+) -> Rule:
+    """Muon's update with a second moment of NS(U); the scale comes last. Updates ``s.momentum_buffer``, ``s.moment2_buffer``."""
+    u: Tensor | Deferred = direction(p, g, s, group, how)
+    dtype, v, rates = u.dtype, s.moment2_buffer, {"beta2": group["beta2"], "eps": group["eps"]}
+    if method == "namo":
+        u = u.form() if isinstance(u, Deferred) else u
+        # Asked for now, while gradient and direction are at hand; sent later, so as not to delay the matrices.
+        norms = lay.norm(g.to(dtype)), lay.norm(u)
+    o = (yield how.orthogonalize(u, lay, None)).to(dtype)
+    del u
+    if method == "namo":
+        o = namo(o, v, *(yield norms), **rates)
+    elif method == "normuon":
+        o = yield normuon(o, v, lay, **rates)
+    else:
+        o = yield adamuon(o, v, lay, **rates, align_rms=align_rms)
+    return o * lay.per_part(how.scale, o)
 
 
 def moment2_spec(method: Moment2, lay: Layout) -> StateSpec:

@@ -98,7 +98,7 @@ class OptaxMuon(TensorParallelMuon):
         u = s.momentum_buffer / bias_correction(beta, s.step + self.nesterov, g)
         if self.nesterov:
             u = beta * u + (1 - beta) * g / bias_correction(beta, s.step, g)
-        o = (yield self._orthogonal(u, lay, scaled=False)).to(u.dtype)
+        o = (yield self._orthogonalized(u, lay, None)).to(u.dtype)
         scale = lay.per_part(self._scale, o)
         if self.adaptive:
             parts = lay.split_parts(u * o)

@@ -4,6 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any, Literal, cast, get_args
 
@@ -25,11 +26,11 @@ from ...sharding.layout import Layout
 from ...sharding.parameter_layout import layout_of, local
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ...sharding.tp_modes import Deferred, travels
+from ...sharding.tp_modes import Deferred, on_matrix, travels
 from ..steps.argument_checks import choice, fraction, non_negative
 from ..steps.cache_blocks import row_blocks
 from ..steps.stacked import RuleFunction, StackedStep
-from . import muon as orthogonal
+from .muon import How, Scale, muon
 
 TensorParallelMode = Literal["blockwise", "duplicated", "distributed", "owner", "auto"]
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
@@ -151,7 +152,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
             grad: (m, n) shard of its momentum.
             kwargs: Ignored; accepted as the base class does.
         """
-        rule = self._orthogonal(local(grad)[None], self.layout(p), scaled=True)
+        rule = self._orthogonalized(local(grad)[None], self.layout(p), self._scale)
         with torch.no_grad():
             out: Tensor = engine.run([(self._name(p), rule)])[0][0]
         return out.to(grad.dtype)
@@ -193,33 +194,29 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         return max(flops(*part.shape) for part in parts), entries
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """Momentum, then orthogonalization."""
-        return self._muon
+        """Muon's (:func:`~.muon.muon`)."""
+        return partial(muon, how=self._how)
 
-    def _muon(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
-        return (yield self._orthogonal(self._momentum(p, g, s, group), lay, scaled=True))
+    @property
+    def _how(self) -> How:
+        return How(self._orthogonalized, self._scale, self.nesterov, self.weight_decay_method == "l2")
 
-    def _momentum(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any]) -> Deferred:
-        """The direction to orthogonalize, and the update of its buffer."""
-        mu, decay = group["momentum"], group["weight_decay"] if self.weight_decay_method == "l2" else 0
+    def _orthogonalized(self, u: Tensor | Deferred, lay: Layout, scale: Scale | None) -> Rule:
+        """``scale(m, n) · NS(U)`` of each whole matrix with shards in ``u`` (B, m, n); see :mod:`.muon`."""
+        precision = self.fp32_matmul_prec
 
-        def write(out: Tensor) -> None:
-            decayed = g.to(s.momentum_buffer.dtype).add(p, alpha=decay) if decay else g
-            orthogonal.write_momentum(out, decayed, s.momentum_buffer, mu=mu, nesterov=self.nesterov)
-
-        return Deferred(tuple(g.shape), s.momentum_buffer.dtype, g.device, write)
-
-    def _orthogonal(self, u: Tensor | Deferred, lay: Layout, *, scaled: bool) -> Rule:
-        def fn(x: Tensor, matrix: Layout) -> Rule:
-            scale = self._scale(*matrix.shape) if scaled else 1.0
-            precision = self.fp32_matmul_prec
+        def of_matrix(x: Tensor, matrix: Layout) -> Rule:
             variant = self._plan.get((matrix.shape[0], matrix.shape[1])) if self._plan and matrix.is_whole else None
+            factor = scale(*matrix.shape) if scale else 1.0
             return newton_schulz(
-                x, matrix, coefs=self._coefs, precision=precision, scale=scale, eps=self._norm_eps, variant=variant
+                x, matrix, coefs=self._coefs, precision=precision, scale=factor, eps=self._norm_eps, variant=variant
             )
 
         choice = self._choice(lay)
-        return orthogonal.orthogonal(u, choice.layout, fn, mode=choice.mode, precision=self.fp32_matmul_prec)
+        # Cast before the shards travel: half the bytes, and the owner sees what an unsharded run would see.
+        dtype = compute_dtype(u.dtype, precision)
+        x = u.to(dtype) if isinstance(u, Tensor) else replace(u, dtype=dtype)
+        return (yield on_matrix(of_matrix, x, choice.layout, choice.mode, flops))
 
     def _choice(self, lay: Layout) -> Choice:
         """How matrices of ``lay`` come together. All ranks that share parameters ask in the same order."""
@@ -295,8 +292,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         return sizes
 
     def _whole(self, x: Tensor) -> Tensor:
-        rule = self._orthogonal(
-            x[None], replace(Layout.whole(x.shape), domain=ProcessGroupCollection().domain(())), scaled=True
-        )
+        lay = replace(Layout.whole(x.shape), domain=ProcessGroupCollection().domain(()))
+        rule = self._orthogonalized(x[None], lay, self._scale)
         out: Tensor = engine.run([("matrix", rule)])[0][0]
         return out.to(x.dtype)
