@@ -212,7 +212,7 @@ def test_zero_gradients_and_zero_rows_give_numbers(make, shape, dtype):
 def test_blocks_do_not_change_the_step(make, monkeypatch):
     shapes = ((6, 20), (3, 5, 8), (13,), (2, 7, 3, 4))
     whole = [run(make, shape) for shape in shapes]
-    monkeypatch.setattr("core.optimizer.rules.parts.factored.BLOCK", {"cpu": 17})
+    monkeypatch.setattr("core.cache_blocks.BLOCK_BYTES", {"cpu": 34})
     for shape, expected in zip(shapes, whole, strict=True):
         assert_same(run(make, shape), expected)
 

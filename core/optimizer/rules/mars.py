@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ...cache_blocks import index_blocks
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local
@@ -16,7 +17,6 @@ from ..steps.argument_checks import check_adam, choice, non_negative
 from ..steps.global_clip import GlobalClip
 from ..steps.stacked import RuleFunction
 from .parts.adam_parts import SPECS, adam_step_
-from .parts.factored import blocks
 
 CLIPS = ("global", "tensor")
 
@@ -96,7 +96,7 @@ class Mars(GlobalClip):
 
 def corrected(g: Tensor, previous: Tensor, group: Mapping[str, Any]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
     """``c = g + γβ₁/(1-β₁)·(g - g₋)`` of stacks (B, *shard), as new tensors: each block, and where it is."""
-    for at in blocks(previous):
+    for at in index_blocks(previous):
         yield at, torch.lerp(previous[at], g[at].to(previous.dtype), look_ahead(group))
 
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ...cache_blocks import row_blocks
 from ...sharding.layout import Layout
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ...sharding.tp_modes import Deferred
-from ..steps.cache_blocks import row_blocks
 
 Group = Mapping[str, Any]
 Scale = Callable[[int, int], float]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ... import engine
+from ...cache_blocks import row_blocks
 from ...cost.auto import Choice, Rates, by_name, choices
 from ...linalg.autotune import Plan, plan_for
 from ...linalg.matmul_precision import compute_dtype
@@ -28,7 +29,6 @@ from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ...sharding.tp_modes import Deferred, on_matrix, travels
 from ..steps.argument_checks import choice, fraction, non_negative
-from ..steps.cache_blocks import row_blocks
 from ..steps.stacked import RuleFunction, StackedStep
 from .muon import How, Scale, muon
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache_blocks import BLOCK_BYTES, flat_blocks
 from ...engine import Work
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local, local_gradient
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from .base import ShardedStep, check_gradients
-from .cache_blocks import BLOCK_BYTES
 from .state_views import as_state
 from .weight_decay import decay_first_
 
@@ -140,7 +140,7 @@ class ElementwiseStep(ShardedStep):
         # 16-bit parameters are updated in float32, and what is stored in fewer bits is rounded to nearest afterwards.
         dtype = torch.promote_types(shards[0].dtype, torch.float32)
         size = None if whole else BLOCK_BYTES.get(shards[0].device.type)
-        for block in _blocks(columns, size // dtype.itemsize) if size else [columns]:
+        for block in flat_blocks(columns, size // dtype.itemsize) if size else [columns]:
             wide = [
                 column if all(x.dtype == dtype for x in column) else [x.to(dtype) for x in column] for column in block
             ]
@@ -151,16 +151,3 @@ class ElementwiseStep(ShardedStep):
         for shard, target in zip(shards, targets, strict=True):
             if target is not shard:
                 shard.copy_(target)
-
-
-def _blocks(columns: Sequence[Sequence[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
-    """Views of parallel lists of tensors, cut and grouped so that each list holds at most ``size`` entries at a time."""
-    pieces = [[piece for x in column for piece in x.view(-1).split(size)] for column in columns]
-    start = held = 0
-    for at, piece in enumerate(pieces[0]):
-        if held + piece.numel() > size:
-            yield [column[start:at] for column in pieces]
-            start, held = at, 0
-        held += piece.numel()
-    if held:
-        yield [column[start:] for column in pieces]

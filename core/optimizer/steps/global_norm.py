@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 from ... import engine
+from ...cache_blocks import BLOCK_BYTES
 from ...process_groups_config import Axis, Domain, ProcessGroupCollection, world_size
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import is_expert, local_gradient
 
 Entry = tuple[str, Tensor, Layout]
 """Name, parameter, and where it lives."""
-
-PIECE = 2**16
-"""Entries that are widened to float64 at a time on CPU."""
 
 
 @torch.no_grad()
@@ -78,7 +76,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm
     if x.device.type == "cpu":
         # A reduction that casts takes six times as long as casting what fits the cache.
-        x = torch.stack([norm(piece.double()) for piece in x.reshape(-1).split(PIECE)])
+        x = torch.stack([norm(piece.double()) for piece in x.reshape(-1).split(BLOCK_BYTES["cpu"] // 8)])
     total: Tensor = norm(x, dtype=torch.float64)
     return total.square()
 

@@ -8,14 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ....cache_blocks import At, index_blocks
 from ....sharding.layout import Layout
 from ....sharding.requests import Reduce, Rule
 from ....sharding.state import StateSpec
-
-BLOCK = {"cpu": 2**18}
-"""Entries of a block by device; elsewhere a shard is one block."""
-
-At = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -57,23 +53,6 @@ def two_largest(shape: Sequence[int]) -> Factoring | None:
     return Factoring((first,), (second,))
 
 
-def blocks(x: Tensor) -> Iterator[At]:
-    """Indices of pieces of ``x`` (B, *shard) that are contiguous in it and fit the cache."""
-    limit = BLOCK.get(x.device.type, x.numel())
-    for rest in _blocks(x.shape[1:], limit // max(1, len(x))):
-        yield slice(None), *rest
-
-
-def _blocks(shape: Sequence[int], limit: int) -> Iterator[At]:
-    if prod(shape) <= limit or not shape:
-        yield ()
-        return
-    step = max(1, limit // max(1, prod(shape[1:])))
-    for i in range(0, shape[0], step):
-        for rest in _blocks(shape[1:], limit):
-            yield slice(i, i + step), *rest
-
-
 def part(x: Tensor, at: At) -> Tensor:
     """The piece of ``x`` that belongs to the block ``at`` of a tensor which ``x`` is broadcast against."""
     return x[tuple(slice(None) if size == 1 else s for size, s in zip(x.shape, at, strict=False))]
@@ -103,7 +82,7 @@ class SquareSums:
 def square_sums(x: Tensor, dims: Factoring) -> SquareSums:
     """Those of ``x``, (B, *shard)."""
     sums = SquareSums(x, dims)
-    for at in blocks(x):
+    for at in index_blocks(x):
         sums.add(x[at].square(), at)
     return sums
 
@@ -164,14 +143,14 @@ class Scaling:
 
     def blocks(self, x: Tensor) -> Iterator[tuple[At, Tensor]]:
         """Where each block of ``x`` is, and a new tensor with its product."""
-        for at in blocks(x):
+        for at in index_blocks(x):
             r, c = part(self.r, at), part(self.c, at)
             # From the left, a zero stays one even where r·c overflows.
             yield at, (x[at] * r).mul_(c) if self.cap is None else (r * c).clamp_(max=self.cap).mul_(x[at])
 
     def subtract_(self, p: Tensor, x: Tensor, keep: Tensor | float | None = None) -> None:
         """p ← keep · p - the product of ``x``; None keeps all of p."""
-        for at in blocks(x):
+        for at in index_blocks(x):
             piece = p[at]
             if keep is not None:
                 piece.mul_(keep)
@@ -186,7 +165,7 @@ class Scaling:
         if self.dims is None or self.cap is not None:
             return rms((u for _, u in self.blocks(x)), lay)
         rows = torch.zeros_like(self.r)
-        for at in blocks(x):
+        for at in index_blocks(x):
             weighted = x[at] * part(self.c, at)
             part(rows, at).add_(torch.linalg.vector_norm(weighted, dim=self.dims.cols, keepdim=True).square_())
         return rms([rows.sqrt_().mul_(self.r)], lay)
