@@ -1,6 +1,6 @@
 """Process groups by name, and groups that join several of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -47,6 +47,11 @@ class Axis:
         if group is None:
             return cls(name)
         return cls(name, tuple(dist.get_process_group_ranks(group)), dist.get_rank(group), group)
+
+
+def by_name(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """``axes`` in the order in which domains are made of them."""
+    return tuple(sorted(axes, key=lambda axis: axis.name))
 
 
 @dataclass(frozen=True)

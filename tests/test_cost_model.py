@@ -14,7 +14,7 @@ from core import engine
 from core.cost.cheapest import choose
 from core.cost.dealing import deal, waves_of
 from core.cost.measure import measure
-from core.cost.model import EXACT, MODES, Link, Machine, Matrices, predict, team_size
+from core.cost.model import COSTS, Link, Machine, Matrices, exact_costs, predict, team_size
 from core.linalg.matmul_precision import matmul_precision
 from core.linalg.newton_schulz import coefficients, newton_schulz
 from core.linalg.newton_schulz_cost import flops
@@ -44,7 +44,7 @@ matrices = st.builds(
 def test_four_matrices_on_four_ranks_by_hand():
     """8 x 16 in float32 is 512 bytes. An iteration takes 2*8*8*16 + 2*8*8*8 + 2*8*8*16 = 5120 operations, five take 25600."""
     four = [Matrices(4, 8, 16, tp=4)]
-    owner, team, distributed, duplicated, blockwise = (predict(mode, four, UNIT) for mode in MODES)
+    owner, team, distributed, duplicated, blockwise = (predict(mode, four, UNIT) for mode in COSTS)
     # Each rank owns one, takes in the three quarters of it that it lacks, and its quarters of the other three's results.
     assert (owner.compute, owner.bytes, owner.collectives) == (25600, 3 * 128 + 3 * 128, 2)
     # All in one wave: nothing is hidden.
@@ -173,7 +173,7 @@ def test_an_owner_takes_in_each_shard_it_lacks_twice(some):
     assert predict("owner", [full], H200).bytes == pytest.approx(expected)
 
 
-@given(some=matrices, mode=st.sampled_from(MODES))
+@given(some=matrices, mode=st.sampled_from(tuple(COSTS)))
 def test_latency_counts_once_a_collective(some, mode):
     # Teams of another size may be better where a collective is dear.
     some = replace(some, tp=2, copies=1)
@@ -186,10 +186,10 @@ def test_latency_counts_once_a_collective(some, mode):
 def test_a_choice_is_exact_and_no_worse_than_any_one_mode(some):
     some = [replace(one, tp=4, copies=2) for one in some]
     chosen = choose(some, H200)
-    assert len(chosen) == len(some) and all(mode in EXACT for mode, _ in chosen)
+    assert len(chosen) == len(some) and all(mode in exact_costs() for mode, _ in chosen)
     assert choose(some, H200) == chosen
     total = sum(cost.seconds for _, cost in chosen)
-    assert total <= 1.000001 * min(predict(mode, some, H200).seconds for mode in EXACT)
+    assert total <= 1.000001 * min(predict(mode, some, H200).seconds for mode in exact_costs())
 
 
 def test_nothing_to_choose_from():

@@ -245,7 +245,7 @@ def test_signature_and_bases_are_megatrons(cls, more):
         ({"coefficient_type": "quintik"}, "quintik"),
         ({"scale_mode": "sqrt"}, "possible: shape_scaling, spectral, unit_rms_norm"),
         ({"fp32_matmul_prec": "low"}, "possible: highest, high, medium"),
-        ({"tp_mode": "automatic"}, "possible: blockwise, duplicated, distributed, owner, auto"),
+        ({"tp_mode": "automatic"}, "possible: duplicated, distributed, owner, blockwise, auto"),
         ({"split_qkv": True, "is_qkv_fn": lambda p: True}, "qkv_split_shapes"),
         ({"split_qkv": True, "is_qkv_fn": lambda p: True, "qkv_split_shapes": (5, 5, 1)}, "sum to 11"),
     ],

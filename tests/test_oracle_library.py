@@ -148,7 +148,7 @@ def test_what_a_class_cannot_take_is_refused_by_name(name):
     ("name", "kwargs", "match"),
     [
         ("eo_muon", {"scale_mode": "none"}, "scale_mode='none' is unknown; possible: shape_scaling"),
-        ("eo_muon", {"tp_mode": "blockwise"}, "tp_mode='blockwise' is unknown; possible: owner, duplicated"),
+        ("eo_muon", {"tp_mode": "blockwise"}, "tp_mode='blockwise' is unknown; possible: duplicated, owner"),
         ("eo_lion", {"weight_decay": -1.0}, "weight_decay=-1.0 must be"),
         ("eo_lion", {"betas": (0.9, 1.5)}, "1.5"),
         ("muon_hyperball", {}, "weight0: .*non-zero norm"),

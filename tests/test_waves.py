@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from core import engine
+from core.engine.waves import Wave
 from core.optimizer.chained import ChainedOptimizer
 from core.optimizer.rules.adam import AdamW
 from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
@@ -103,7 +104,7 @@ def test_no_more_than_three_waves_are_under_way_and_two_of_wide_entries(world, m
         for p in group["params"]:
             p.grad = torch.ones_like(p)
     alive, most = [0], [0]
-    post = engine.Wave._post
+    post = Wave._post
 
     def counting(batch, start):
         finish = post(batch, start)
@@ -116,7 +117,7 @@ def test_no_more_than_three_waves_are_under_way_and_two_of_wide_entries(world, m
 
         return finished
 
-    monkeypatch.setattr(engine.Wave, "_post", staticmethod(counting))
+    monkeypatch.setattr(Wave, "_post", staticmethod(counting))
     optimizer.step()
     assert most[0] == waves and not alive[0]
 

@@ -6,11 +6,12 @@ from math import prod
 
 import torch
 
-from ..process_groups_config import Axis, Domain, ProcessGroupCollection
-from ..sharding.layout import Layout, Mode
+from ..process_groups_config import Domain, ProcessGroupCollection, by_name
+from ..sharding.layout import Layout
+from ..sharding.tp_modes import TP_MODES
 from . import measure as machine
 from .cheapest import choose
-from .model import CostMode, Link, Machine, Matrices, team_size
+from .model import TEAM, Link, Machine, Matrices, mode_of, team_size
 
 Rates = tuple[float, float, float, float]
 """FLOP/s of products, bytes/s of memory, seconds of latency and bytes/s of the link between ranks."""
@@ -26,7 +27,7 @@ class Choice:
         label: The mode and its predicted time, for tables.
     """
 
-    mode: Mode
+    mode: str
     layout: Layout
     label: str
 
@@ -70,20 +71,15 @@ def choices(
         )
         entries = [(lay, part, _matrices(part, layouts[lay], dtype)) for lay in here for part in lay.part_layouts]
         predicted = choose([matrices for _, _, matrices in entries], rates, iterations=iterations)
-        teamed = [m for (_, _, m), (mode, _) in zip(entries, predicted, strict=True) if mode == "team"]
+        teamed = [m for (_, _, m), (mode, _) in zip(entries, predicted, strict=True) if mode == TEAM]
         team = team_size(teamed, rates, iterations=iterations) if teamed else 1
         for lay in here:
             own = [(part, found) for (owner, part, _), found in zip(entries, predicted, strict=True) if owner is lay]
             _, (mode, _) = max(own, key=lambda item: prod(item[0].shape))
             ms = 1e3 * sum(cost.seconds for _, (_, cost) in own) / layouts[lay]
-            label = f"{mode} {team}" if mode == "team" else mode
+            label = f"{mode} {team}" if mode == TEAM else mode
             chosen[lay] = Choice(*_placed(mode, lay, splits[lay], groups, team), f"auto: {label}, {ms:.2f} ms")
     return chosen
-
-
-def by_name(axes: Iterable[Axis]) -> tuple[Axis, ...]:
-    """In the order in which domains are made of them."""
-    return tuple(sorted(axes, key=lambda axis: axis.name))
 
 
 def _measured(
@@ -105,13 +101,13 @@ def _measured(
     return replace(joint, link=slowest, far=joint.link)
 
 
-def _placed(
-    mode: CostMode, lay: Layout, split: Domain, groups: ProcessGroupCollection, team: int
-) -> tuple[Mode, Layout]:
-    if mode == "team":
+def _placed(cost: str, lay: Layout, split: Domain, groups: ProcessGroupCollection, team: int) -> tuple[str, Layout]:
+    """The mode that a name in :data:`.model.COSTS` stands for, and the layout with the ranks that it works with."""
+    mode = mode_of(cost)
+    if cost == TEAM:
         assert lay.domain is not None
-        return "owner", replace(lay, domain=groups.teamed(lay.domain, team))
-    return mode, lay if mode == "owner" else replace(lay, domain=split)
+        return mode, replace(lay, domain=groups.teamed(lay.domain, team))
+    return mode, lay if TP_MODES[mode].copies_share else replace(lay, domain=split)
 
 
 def _matrices(part: Layout, count: int, dtype: torch.dtype) -> Matrices:

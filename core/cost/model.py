@@ -6,19 +6,18 @@ latency, whatever the number of ranks, and its bytes at the link's bandwidth. Ro
 are those of :mod:`.on_matrix` and :mod:`.engine`. Nothing is fitted to a measured step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Literal
 
 from ..engine import wave_entries
 from ..linalg.newton_schulz import flops
 from ..linalg.newton_schulz_cost import Work, newton_schulz_work
+from ..sharding.tp_modes import TP_MODES
 from .dealing import deal, waves_of
 
-CostMode = Literal["owner", "team", "distributed", "duplicated", "blockwise"]
-EXACT: tuple[CostMode, ...] = ("owner", "team", "distributed", "duplicated")
-MODES: tuple[CostMode, ...] = (*EXACT, "blockwise")
+TEAM = "team"
+"""Name in :data:`COSTS` of the mode ``owner`` with several ranks to a matrix."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Cost:
 
 
 def predict(
-    mode: CostMode,
+    mode: str,
     matrices: Sequence[Matrices],
     machine: Machine,
     *,
@@ -159,14 +158,21 @@ def predict(
     Matrices with equal ``tp`` and ``copies`` are taken to live on the same ranks; those that differ come one after the other.
 
     Args:
-        mode: One of :data:`MODES`; ``blockwise`` alone is not the step of the whole matrices. ``team`` recuts each matrix over
-            the subgroup of ranks, of all sizes that are powers of two the one that takes least.
+        mode: A name in :data:`COSTS`. ``team`` recuts each matrix over the subgroup of ranks, of all sizes that are powers of
+            two the one that takes least.
         matrices: What one rank has shards of.
         machine: That rank's.
         iterations: Of Newton-Schulz.
         wave: Entries that a rank takes in per wave; None for what the engine takes on such a device.
         state: Further bytes of memory traffic for each entry of a shard, as of a second moment.
+
+    Raises:
+        ValueError: for a mode that has no cost.
     """
+    if mode not in COSTS:
+        raise ValueError(
+            f"mode {mode!r} has no predicted cost; possible: {', '.join(COSTS)}. Add its cost to core.cost.model.COSTS."
+        )
     domains: dict[tuple[int, int], list[Matrices]] = {}
     for some in matrices:
         if some.count:
@@ -174,7 +180,7 @@ def predict(
     total = Cost()
     wave = wave or wave_entries(machine.device)
     for here in domains.values():
-        step: Cost = _MODES[mode](here, machine, iterations, wave)
+        step = COSTS[mode](here, machine, iterations, wave)
         total += replace(step, compute=step.compute + sum(elementwise(some, machine, state) for some in here))
     return total
 
@@ -351,10 +357,30 @@ def _work(some: Matrices, machine: Machine, iterations: int, ranks: int) -> Work
     )
 
 
-_MODES: dict[CostMode, Any] = {
+ModeCost = Callable[[Sequence[Matrices], Machine, int, int], Cost]
+"""``cost(matrices, machine, iterations, wave)``: a step of matrices that live on the same ranks, without the passes over shards
+that all modes have. ``wave``: entries that a rank takes in per wave."""
+
+COSTS: dict[str, ModeCost] = {
     "owner": _owner,
-    "team": _team,
+    TEAM: _team,
     "distributed": _distributed,
     "duplicated": _duplicated,
     "blockwise": _blockwise,
 }
+"""What a step costs in each tensor-parallel mode, by its name; where two cost the same, the first is chosen."""
+
+
+def mode_of(cost: str) -> str:
+    """The tensor-parallel mode that a name in :data:`COSTS` is the cost of."""
+    return "owner" if cost == TEAM else cost
+
+
+def exact_costs() -> tuple[str, ...]:
+    """The names in :data:`COSTS` whose step is that of the whole matrices: what ``auto`` may choose from."""
+    return tuple(name for name in COSTS if (mode := TP_MODES.get(mode_of(name))) and mode.exact)
+
+
+def unpriced_modes() -> tuple[str, ...]:
+    """The tensor-parallel modes that have no cost; ``auto`` never chooses them."""
+    return tuple(name for name in TP_MODES if name not in COSTS)

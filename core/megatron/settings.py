@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from ..optimizer.emerging_optimizers import settings_of
+from ..sharding.tp_modes import AUTO, exact_modes
 from .upstream import GLOBALS
 
 PREFIX = "shardstep_"
@@ -11,7 +12,7 @@ PREFIX = "shardstep_"
 
 TP_MODE = f"{PREFIX}tp_mode"
 SPLIT_HEADS = f"{PREFIX}split_heads"
-EXACT = ("owner", "duplicated", "distributed", "auto")
+EXACT = (*exact_modes(), AUTO)
 
 
 class Settings:

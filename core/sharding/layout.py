@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from ..process_groups_config import TEAM, Axis, Domain
 from .ranges import Ranges, chunk, merge, overlap, total
 from .requests import Op, Placement, Reduce
 
-Mode = Literal["blockwise", "duplicated", "distributed", "owner"]
+Mode = str
+"""Name of a tensor-parallel mode in :data:`.tp_modes.TP_MODES`."""
 
 
 @dataclass(frozen=True)

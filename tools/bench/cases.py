@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from core.linalg.newton_schulz import coefficients
 from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
+from core.sharding.tp_modes import TP_MODES
 
 from ..usage import UsageError
 
@@ -22,7 +23,6 @@ LR, DECAY, MOMENTUM, STEPS = 1.0, 0.01, 0.95, 5
 # Torch's Muon knows one set of coefficients for all iterations, and one scale that the others have too.
 TP_SET, TP_SCALE = "quintic", "spectral"
 SINGLE_SET, SINGLE_SCALE = "simple", "shape_scaling"
-EXACT_MODES = ("duplicated", "distributed", "owner")
 OURS, MEGATRON = "shardstep", "Megatron-Core"
 OWNER = f"{OURS} owner"
 MEGATRON_EXACT = (f"{MEGATRON} duplicated", f"{MEGATRON} distributed")
@@ -89,7 +89,7 @@ class Candidate:
     @property
     def exact(self) -> bool:
         """Whether its step is meant to be that of the whole matrix."""
-        return "blockwise" not in self.name
+        return not any(name in self.name for name, mode in TP_MODES.items() if not mode.exact)
 
     @property
     def ours(self) -> bool:
@@ -118,7 +118,7 @@ def tensor_parallel(precision: str, group: ProcessGroup) -> dict[str, Make]:
     ours: Any = partial(TensorParallelMuon, **settings, pg_collection=ProcessGroupCollection(tp=group))
     return {
         **{f"{MEGATRON} {mode}": partial(theirs, tp_mode=mode) for mode in ("duplicated", "distributed", "blockwise")},
-        **{f"{OURS} {mode}": partial(ours, tp_mode=mode) for mode in (*EXACT_MODES, "blockwise")},
+        **{f"{OURS} {mode}": partial(ours, tp_mode=mode) for mode in TP_MODES},
     }
 
 

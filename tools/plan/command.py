@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from core.cost.cheapest import choose
-from core.cost.model import EXACT, MODES, Cost, CostMode, predict
+from core.cost.model import COSTS, Cost, exact_costs, predict, unpriced_modes
 
 from ..pretrain.report import format_rows
 from ..usage import UsageError, refuse
@@ -94,7 +94,7 @@ def _ways(here: Sequence[Part], options: argparse.Namespace) -> dict[str, Cost]:
     state = ADAPTIVE_TRAFFIC if adaptive else 0.0
     ways: dict[str, Cost] = {
         mode: sum((predict(mode, some, at, iterations=options.ns_steps, state=state) for at, some in here), Cost())
-        for mode in MODES
+        for mode in COSTS
     }
     # Its adaptive Muon does not run on the library's release.
     for peer in () if adaptive else PEERS:
@@ -105,7 +105,7 @@ def _ways(here: Sequence[Part], options: argparse.Namespace) -> dict[str, Cost]:
 def _row(name: str, cost: Cost, state: float, training: float) -> Row:
     return Row(
         mode=name,
-        exact=name != "blockwise",
+        exact=name not in COSTS or name in exact_costs(),
         ms=1e3 * cost.seconds,
         compute_ms=1e3 * cost.compute,
         communication_ms=1e3 * cost.communication,
@@ -118,15 +118,18 @@ def _row(name: str, cost: Cost, state: float, training: float) -> Row:
 
 
 def _recommendation(ways: dict[str, Cost], here: Sequence[Part], iterations: int) -> str:
-    best = min(EXACT, key=lambda mode: ways[mode].seconds)
-    shapes: dict[CostMode, dict[str, None]] = {}
+    best = min(exact_costs(), key=lambda mode: ways[mode].seconds)
+    shapes: dict[str, dict[str, None]] = {}
     seconds = 0.0
     for machine, matrices in here:
         for some, (mode, cost) in zip(matrices, choose(matrices, machine, iterations=iterations), strict=True):
             shapes.setdefault(mode, {})[f"{some.rows} x {some.cols}"] = None
             seconds += cost.seconds
     by_matrix = "; ".join(f"{mode} for {', '.join(names)}" for mode, names in shapes.items())
-    return f"recommended: {best}. Matrix by matrix (auto): {by_matrix}: {_number(1e3 * seconds)} ms for the matrices."
+    words = f"recommended: {best}. Matrix by matrix (auto): {by_matrix}: {_number(1e3 * seconds)} ms for the matrices."
+    if missing := unpriced_modes():
+        words += f" Not planned, because core.cost.model.COSTS has no cost of them: {', '.join(missing)}."
+    return words
 
 
 def table(rows: Sequence[Row]) -> list[str]:

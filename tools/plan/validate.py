@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from core.cost.measure import measure as measure_machine
-from core.cost.model import CostMode, Machine, Matrices, predict
+from core.cost.model import COSTS, Machine, Matrices, predict
 from core.process_groups_config import ProcessGroupCollection
+from core.sharding.tp_modes import TP_MODES
 
 from ..bench import cases as cases
 from ..bench.measure import measure
@@ -23,7 +24,6 @@ from ..pretrain.report import format_rows
 from ..usage import UsageError
 from .arguments import ITEMSIZE
 
-COMPARED: tuple[CostMode, ...] = ("owner", "distributed", "duplicated", "blockwise")
 CPU = torch.device("cpu")
 
 
@@ -78,7 +78,7 @@ def _compare(hidden: int, layers: int, precision: str, reps: int) -> list[str]:
         clock=time.process_time,
     )
     makers = cases.tensor_parallel(precision, group)
-    ours = cases.candidates(makers, benchmark, group, [f"{cases.OURS} {mode}" for mode in COMPARED])
+    ours = cases.candidates(makers, benchmark, group, [f"{cases.OURS} {mode}" for mode in _compared()])
     for candidate in ours:
         assert isinstance(candidate.optimizer, torch.optim.Optimizer)
         for p in candidate.params:
@@ -97,6 +97,11 @@ def _compare(hidden: int, layers: int, precision: str, reps: int) -> list[str]:
     return [_describe(machine), *format_rows(_rows(matrices, machine, measured))]
 
 
+def _compared() -> list[str]:
+    """The tensor-parallel modes that have a cost."""
+    return [name for name in COSTS if name in TP_MODES]
+
+
 def cuts_short(matrix: cases.Matrix) -> bool:
     """Whether the side that is cut is the shorter one."""
     return matrix.rows != matrix.cols and (matrix.cut == 0) == (matrix.rows < matrix.cols)
@@ -104,12 +109,12 @@ def cuts_short(matrix: cases.Matrix) -> bool:
 
 def _rows(matrices: Sequence[Matrices], machine: Machine, measured: dict[str, float]) -> list[tuple[str, ...]]:
     predicted = {}
-    for mode in COMPARED:
+    for mode in _compared():
         cost = predict(mode, matrices, machine)
         predicted[mode] = cost.compute + cost.communication
     head = ("mode", "predicted CPU s", "measured", "off by", "predicted / owner", "measured / owner", "off by")
     rows: list[tuple[str, ...]] = [head]
-    for mode in COMPARED:
+    for mode in _compared():
         said, took = predicted[mode], measured[mode]
         ratios = said / predicted["owner"], took / measured["owner"]
         rows.append(

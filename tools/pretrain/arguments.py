@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from core.optimizer.emerging_optimizers import get_supported_coefficient_types, list_optimizers, settings_of
 from core.optimizer.steps.constructor_settings import Setting
 from core.optimizer.steps.weight_decay import METHODS
+from core.sharding.tp_modes import AUTO, TP_MODES, tp_mode_names
 
 from ..usage import UsageError, nearest
 from .flags import NOT_NEGATIVE, POSITIVE, SHARE, Flag, count, number, switch, text, words
@@ -26,7 +27,6 @@ from .parallel import SCHEDULES
 from .schedule_flags import ScheduleArguments
 from .yaml_file import read_yaml
 
-TP_MODES = ("blockwise", "duplicated", "distributed", "owner", "auto")
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
 
 
@@ -35,6 +35,8 @@ def _coefficient_sets() -> list[str]:
     return [name for name in get_supported_coefficient_types() if name != "custom"]
 
 
+_MODES = "; ".join(f"{name}: {mode.summary}" for name, mode in TP_MODES.items())
+_AUTO = f"{AUTO}: for each matrix the exact one of these that is predicted to be the fastest"
 SPIKE = "a factor above 1, like 3"
 BETAS = "one number a flag: --adam-beta1 0.9 --adam-beta2 0.95"
 
@@ -56,7 +58,7 @@ class Arguments(ScheduleArguments):
     adam_eps: float = number(1e-8, "Adam's epsilon", POSITIVE, hint="1e-8 is usual")
     sgd_momentum: float = number(0.9, "momentum of sgd", SHARE, hint="0.9 is usual")
     muon_momentum: float = number(0.95, "Muon's momentum", SHARE, hint="0.95 is usual")
-    muon_tp_mode: str = text("owner", "how a sharded matrix comes together", TP_MODES)
+    muon_tp_mode: str = text("owner", f"how a sharded matrix comes together. {_MODES}; {_AUTO}", tp_mode_names)
     muon_coefficient_type: str = text("quintic", "Newton-Schulz coefficients", _coefficient_sets)
     muon_num_ns_steps: int = count(5, "Newton-Schulz iterations", at_most=20)
     muon_scale_mode: str = text("spectral", "scale of the update", SCALE_MODES)

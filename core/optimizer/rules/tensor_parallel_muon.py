@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from emerging_optimizers.orthogonalized_optimizers import (
@@ -18,21 +17,21 @@ from torch.optim.optimizer import ParamsT
 
 from ... import engine
 from ...cache_blocks import row_blocks
-from ...cost.auto import Choice, Rates, by_name, choices
+from ...cost.auto import Choice, Rates, choices
 from ...linalg.autotune import Plan, plan_for
 from ...linalg.matmul_precision import compute_dtype
 from ...linalg.newton_schulz import coefficients, flops, newton_schulz
-from ...process_groups_config import ProcessGroupCollection
+from ...process_groups_config import ProcessGroupCollection, by_name
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import layout_of, local
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from ...sharding.tp_modes import Deferred, on_matrix, travels
+from ...sharding.tp_modes import TP_MODES, Deferred, MatrixMode, exact_modes, on_matrix, tp_mode_names, working_axes
 from ..steps.argument_checks import choice, fraction, non_negative
 from ..steps.stacked import RuleFunction, StackedStep
 from .muon import How, Scale, muon
 
-TensorParallelMode = Literal["blockwise", "duplicated", "distributed", "owner", "auto"]
+TensorParallelMode = MatrixMode
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
 PRECISIONS = ("highest", "high", "medium")
 
@@ -76,7 +75,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
     kind = "matrix"
     matrices_only = True
     widens = False
-    modes = ("duplicated", "distributed", "owner")
+    modes = exact_modes()
     _norm_eps = 0.0
 
     def __init__(
@@ -108,7 +107,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         non_negative("weight_decay", weight_decay)
         choice("fp32_matmul_prec", fp32_matmul_prec, PRECISIONS)
         choice("scale_mode", scale_mode, SCALE_MODES)
-        choice("tp_mode", tp_mode, get_args(TensorParallelMode))
+        choice("tp_mode", tp_mode, tp_mode_names())
         if auto_rates is not None and (len(auto_rates) != 4 or not all(rate > 0 for rate in auto_rates)):
             raise ValueError(
                 f"auto_rates={auto_rates} must be four positive numbers: FLOP/s of products, bytes/s of memory, seconds of "
@@ -162,8 +161,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         lay = layout_of(p, self._groups, part_sizes=self._part_sizes(p), name=self._name(p))
         if self.tp_mode == "blockwise":
             return lay.block
-        axes = (*lay.axes, *lay.copies) if self.tp_mode in ("owner", "auto") else lay.axes
-        return replace(lay, domain=self._groups.domain(by_name(axes)))
+        return replace(lay, domain=self._groups.domain(working_axes(lay, self.tp_mode)))
 
     def state_layouts(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Layout | None]:
         """As in the base class; in ``blockwise`` mode only what follows the parameter elementwise has a place in the whole."""
@@ -184,14 +182,9 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
     def traffic(self, layout: Layout) -> tuple[float, int]:
         """As in the base class: the dearest of the parts, and the largest."""
         choice = self._choice(layout)
-        if not travels(choice.layout, choice.mode):
-            return 0.0, 0
-        parts = layout.part_layouts
-        entries = max(prod(part.shape) for part in parts)
-        if choice.mode == "distributed":
-            ranks = prod(axis.size for axis in layout.axes)
-            entries = max(prod(part.shape) // ranks + min(part.shape) ** 2 for part in parts)
-        return max(flops(*part.shape) for part in parts), entries
+        parts = choice.layout.part_layouts
+        entries = max(map(TP_MODES[choice.mode].brings, parts))
+        return (max(flops(*part.shape) for part in parts), entries) if entries else (0.0, 0)
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
         """Muon's (:func:`~.muon.muon`)."""

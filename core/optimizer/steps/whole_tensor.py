@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...engine import Work
 from ...process_groups_config import Axis, Domain, ProcessGroupCollection
+from ...sharding import tp_modes
 from ...sharding.dealing import deal_to_least
 from ...sharding.layout import Layout, Split
 from ...sharding.parameter_layout import layout_of, local, local_gradient
@@ -23,7 +24,7 @@ from .argument_checks import choice
 from .base import ShardedStep, check_gradients
 from .weight_decay import decay_first_
 
-WholeMode = Literal["owner", "duplicated"]
+WholeMode = tp_modes.WholeMode
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,7 @@ class WholeStep(ShardedStep):
         """Where ``p`` and its parts live."""
         choice("tp_mode", self.tp_mode, self.modes)
         lay = layout_of(p, self._groups, part_sizes=getattr(p, "matrix_parts", None), name=self._name(p))
-        axes = (*lay.axes, *lay.copies) if self.tp_mode == "owner" else lay.axes
-        return replace(lay, domain=self._groups.domain(tuple(sorted(axes, key=lambda axis: axis.name))))
+        return replace(lay, domain=self._groups.domain(tp_modes.working_axes(lay, self.tp_mode)))
 
     def state_layouts(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Layout | None]:
         """As in the base class."""
