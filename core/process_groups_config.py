@@ -1,6 +1,6 @@
 """Process groups by name, and groups that join several of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -129,9 +129,18 @@ class ProcessGroupCollection:
 
     @classmethod
     def from_any(cls, groups: Any) -> "ProcessGroupCollection":
-        """``groups`` itself, or the same groups out of another object with these attributes (Megatron-Core's)."""
+        """``groups`` itself, or the same groups out of another object with these attributes (Megatron-Core's).
+
+        Raises:
+            TypeError: for a process group or a dict, which have no such attributes and would stand for no groups at all.
+        """
         if isinstance(groups, ProcessGroupCollection):
             return groups
+        if isinstance(groups, ProcessGroup | Mapping):
+            raise TypeError(
+                f"pg_collection is a {type(groups).__name__}, but must be a collection of process groups; write "
+                f"ProcessGroupCollection(tp=…, dp=…)."
+            )
         names = [f.name for f in fields(cls) if not f.name.startswith("_")]
         found: dict[str, Any] = {name: getattr(groups, name, None) for name in names}
         return cls(**found)

@@ -240,3 +240,9 @@ def assert_refused(said, function, *given):
     with pytest.raises(UsageError, match=said) as refused:
         function(*given)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("groups", [{"tp": None}, {}])
+def test_what_is_no_collection_of_groups_is_refused(groups):
+    with pytest.raises(TypeError, match="pg_collection is a dict, but must be a collection of process groups"):
+        TensorParallelMuon([torch.nn.Parameter(torch.ones(2, 2))], pg_collection=groups)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from core.checkpoint import load, save
 from core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS, EmergingOptimizerEntry
@@ -30,13 +29,12 @@ from tests.support.sharding import (
 STEPS = 4
 
 
-class Whitened(WholeStep, Optimizer):  # type: ignore[misc]
+class Whitened(WholeStep):
     """Needs all of a tensor: its Gram matrix's eigenvectors and its norm."""
 
     def __init__(self, params, lr=0.1, weight_decay=0.0, tp_mode="owner", pg_collection=None):
-        self.tp_mode, self.pg_collection = tp_mode, pg_collection
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.take_state()
+        self.tp_mode = tp_mode
+        super().__init__(params, pg_collection, lr=lr, weight_decay=weight_decay)
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         rows = shape[0] if shape else 1

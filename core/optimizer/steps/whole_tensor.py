@@ -17,9 +17,9 @@ from ...sharding import tp_modes
 from ...sharding.dealing import deal_to_least
 from ...sharding.layout import Layout, Split
 from ...sharding.parameter_layout import layout_of, local, local_gradient
-from ...sharding.requests import Move, Placement, Rule
+from ...sharding.requests import Rule
 from ...sharding.state import sizes
-from ...sharding.tp_modes import Deferred, shard_of
+from ...sharding.tp_modes import Deferred, work_at
 from .argument_checks import choice
 from .base import ShardedStep, check_gradients
 from .weight_decay import decay_first_
@@ -90,10 +90,6 @@ class Home:
     def here(self) -> bool:
         """Whether this rank works on it."""
         return self.owner in (None, self.domain.index)
-
-    def placement(self, lay: Layout) -> Placement:
-        """The whole of a tensor laid out as ``lay``, there."""
-        return lay.everywhere if self.owner is None else lay.owners[self.owner]
 
 
 @dataclass(frozen=True)
@@ -268,36 +264,21 @@ class WholeStep(ShardedStep):
         shard.copy_(lay.join_parts(new)[0])
 
     def _on_whole(self, x: Tensor | Deferred, unit: Unit, dtype: torch.dtype, work: Change) -> Rule:
-        lay, home = unit.layout, unit.home
-        there = None if home.domain.size == 1 else home.placement(lay)
-        kept, device = x.dtype, x.device
-        if there is None:
-            assert isinstance(x, Tensor)
-            whole = x
-        else:
-            source = x.fill if isinstance(x, Deferred) else x
-            whole = yield Move(source, x.shape[0], lay.placement, there, kept, device)
-            del source
-        del x
-        out, failed = None, None
-        if home.here:
-            wholes = [_in_order(y) for y in whole.to(torch.promote_types(kept, torch.float32))]
+        failures: list[Exception] = []
+
+        def change(stack: Tensor) -> Tensor:
+            wholes = [_in_order(y) for y in stack.to(torch.promote_types(stack.dtype, torch.float32))]
             try:
-                if prod(lay.shape):
+                if prod(unit.layout.shape):
                     work(unit, *wholes)
             except Exception as error:  # raised below: the other ranks are waiting for what comes back
-                failed = error
-            out = wholes[0].to(dtype).unsqueeze(0)
-            del wholes
-        del whole
-        if there is None or home.owner is None:
-            assert out is not None
-            back = shard_of(out, lay)
-        else:
-            back = yield Move(out, 1, there, lay.placement, dtype, device)
-        if failed is not None:
-            failed.add_note(f"{unit.name}: this rank failed to update it; the other ranks went on.")
-            raise failed
+                failures.append(error)
+            return wholes[0].to(dtype).unsqueeze(0)
+
+        back = yield work_at(unit.home.owner, change, x, unit.layout, batch=1, dtype=dtype)
+        for failure in failures:
+            failure.add_note(f"{unit.name}: this rank failed to update it; the other ranks went on.")
+            raise failure
         return back
 
     def _update(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
