@@ -15,14 +15,14 @@ TEAM = "team"
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the device mesh as this rank sees it.
+    """One axis of the device mesh, as seen from this rank.
 
     Attributes:
         name: ``tp``, ``dp``, ``pp``, …
         ranks: Global ranks along the axis, in axis order.
         index: This rank's position on the axis.
         group: Its process group; None stands for a single rank.
-        joins: The mesh axes that it is made of, where a dim is cut over several; empty for an axis of the mesh itself.
+        joins: The mesh axes that it joins, when a dim is cut over several; empty for an axis of the mesh itself.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Axis:
 
     @property
     def of_mesh(self) -> "tuple[Axis, ...]":
-        """The mesh axes that it is made of; itself, when it is one."""
+        """The mesh axes that it joins; the axis itself when it is an axis of the mesh."""
         return self.joins or (self,)
 
     @property
@@ -63,7 +63,7 @@ class Domain:
         ranks: Global ranks of ``group``, in group order.
         coords: For each rank of ``group``, in group order, its index on each axis.
         index: This rank's position in ``group``.
-        team: This rank's team, an axis of consecutive ranks that work on a matrix together; None: each works alone.
+        team: This rank's team, an axis of consecutive ranks that work on a matrix together; None when each works alone.
         group: Joint process group; None stands for a single rank.
     """
 
@@ -80,7 +80,7 @@ class Domain:
         return len(self.coords)
 
     def gather[T](self, value: T) -> list[T]:
-        """``value`` of every rank, in group order; all of them must call. For set-up and errors: it is pickled."""
+        """``value`` of every rank, in group order; all of them must call. It is pickled: use it for set-up and errors."""
         return [value] if self.group is None else gather(value, self.group)
 
     @property
@@ -90,7 +90,7 @@ class Domain:
 
     @property
     def teams(self) -> int:
-        """Number of teams; of ranks, when each works alone."""
+        """Number of teams, or of ranks when each works alone."""
         return self.size // self.team_size
 
 
@@ -99,11 +99,11 @@ class ProcessGroupCollection:
     """Process groups by Megatron's names. A field that is None is an axis of size one.
 
     Attributes:
-        tp: Tensor parallel.
-        pp: Pipeline parallel.
-        dp: Data parallel: the ranks that hold the same shard.
-        expt_tp: Tensor parallel of expert parameters.
-        expt_dp: Data parallel of expert parameters.
+        tp: Tensor-parallel group: the ranks that split a parameter.
+        pp: Pipeline-parallel group.
+        dp: Data-parallel group: the ranks that hold the same shard.
+        expt_tp: Tensor-parallel group of expert parameters.
+        expt_dp: Data-parallel group of expert parameters.
     """
 
     tp: ProcessGroup | None = None
@@ -115,7 +115,7 @@ class ProcessGroupCollection:
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh) -> Self:
-        """Groups of the mesh's axes that are called ``tp``, ``pp``, ``dp``, ``expt_tp`` or ``expt_dp``.
+        """The groups of a mesh whose axes are called ``tp``, ``pp``, ``dp``, ``expt_tp`` or ``expt_dp``.
 
         Raises:
             ValueError: for an axis of another name.
@@ -129,7 +129,7 @@ class ProcessGroupCollection:
 
     @classmethod
     def from_any(cls, groups: Any) -> "ProcessGroupCollection":
-        """``groups`` itself, or the same groups out of another object with these attributes (Megatron-Core's).
+        """``groups`` itself, or the groups in another object with these attributes, such as Megatron-Core's collection.
 
         Raises:
             TypeError: for a process group or a dict, which have no such attributes and would stand for no groups at all.
@@ -142,17 +142,18 @@ class ProcessGroupCollection:
                 f"ProcessGroupCollection(tp=…, dp=…)."
             )
         names = [f.name for f in fields(cls) if not f.name.startswith("_")]
-        found: dict[str, Any] = {name: getattr(groups, name, None) for name in names}
-        return cls(**found)
+        taken: dict[str, Any] = {name: getattr(groups, name, None) for name in names}
+        return cls(**taken)
 
     def axis(self, name: str) -> Axis:
         """This rank's view of the axis called ``name``."""
         return Axis.of(name, getattr(self, name))
 
     def domain(self, axes: tuple[Axis, ...]) -> Domain:
-        """The ranks that ``axes`` span together. Makes a process group once when more than one axis has several ranks.
+        """The ranks that ``axes`` span together.
 
-        All ranks of the domain must ask in the same order, as they do when they build the same optimizer.
+        A process group is made, once, when more than one axis has several ranks. All ranks of the domain must call in the same
+        order, as they do when they build the same optimizer.
         """
         axes = tuple(axis for axis in axes if axis.size > 1)
         if axes not in self._domains:
@@ -160,7 +161,7 @@ class ProcessGroupCollection:
         return self._domains[axes]
 
     def teamed(self, domain: Domain, size: int) -> Domain:
-        """``domain`` in teams of ``size`` ranks, which divides their number. All its ranks must ask in the same order."""
+        """``domain`` in teams of ``size`` ranks; ``size`` divides their number. All ranks must call in the same order."""
         assert size > 1 and domain.size % size == 0
         first = domain.index // size * size
         ranks = domain.ranks[first : first + size]
@@ -168,7 +169,7 @@ class ProcessGroupCollection:
 
 
 def gather[T](value: T, group: ProcessGroup | None = None) -> list[T]:
-    """``value`` of every rank of ``group``, or of the job for None, in rank order; it is pickled.
+    """``value`` of every rank of ``group``, or of the whole job for None, in rank order; it is pickled.
 
     Without torch.distributed there is one rank.
     """
@@ -203,15 +204,15 @@ def _join(axes: tuple[Axis, ...]) -> Domain:
 
 
 _GROUPS: dict[tuple[int, ...], ProcessGroup] = {}
-"""Joint groups by their ranks. Every one costs connections, so that two optimizers, or a thousand tests, share them."""
+"""Joint groups by their ranks. Each costs connections, so two optimizers, or a thousand tests, share them."""
 
 
 def _group_of(ranks: tuple[int, ...], lines: Sequence[ProcessGroup | None]) -> ProcessGroup:
-    """The group of ``ranks``, who all ask for it; what is gathered over ``lines``, one after the other, reaches them all."""
+    """The process group of ``ranks``, all of which call. A value gathered over each of ``lines`` in turn reaches them all."""
     known = _GROUPS.get(ranks)
     try:
         alive = known is not None and dist.get_process_group_ranks(known) == list(ranks)
-    except KeyError:  # of a job that ended in this process
+    except KeyError:  # the group belongs to a job that has ended in this process
         alive = False
     if not alive:
         _agree_on_a_name(lines)
@@ -220,10 +221,10 @@ def _group_of(ranks: tuple[int, ...], lines: Sequence[ProcessGroup | None]) -> P
 
 
 def _agree_on_a_name(lines: Sequence[ProcessGroup | None]) -> None:
-    """Let the ranks that ``lines`` connect find each other in a new group.
+    """Make sure that the ranks that ``lines`` connect give a new group the same name.
 
-    torch names it by how many groups the rank is in already, and ranks with different names wait for ever. Who is in fewer (on
-    a later pipeline stage, which has no embeddings) joins some more, alone.
+    torch names a group by the number of groups that the rank is in already, and ranks with different names wait for ever. A rank
+    that is in fewer groups (on a later pipeline stage, which has no embeddings) makes more groups of itself alone.
     """
     most = len(_world.pg_names)
     for line in lines:

@@ -1,4 +1,4 @@
-"""Which tensor-parallel mode each matrix shall take: the one in which :mod:`.cost_model` predicts the shortest step."""
+"""The tensor-parallel mode of each matrix with which :mod:`.model` predicts the shortest step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,84 +6,96 @@ from itertools import accumulate
 
 from .model import Cost, Machine, Matrices, alone, elementwise, exact_costs, joint_link, predict
 
+Plan = dict[Matrices, str]
+"""Kind of matrix, with a count of 1 → its mode, a name in :data:`.model.COSTS`."""
+
 
 def choose(
     matrices: Sequence[Matrices], machine: Machine, *, iterations: int = 5, wave: int | None = None
 ) -> list[tuple[str, Cost]]:
-    """The exact mode of each of ``matrices`` for which the step of all takes the least; ``owner`` where another is no better.
+    """The exact mode of each of ``matrices`` with which a step of all takes the least time; ``owner`` where no other is better.
 
-    A function of its arguments alone, so that all ranks choose alike. Those that live on the same ranks are weighed together:
-    owners share the work of all matrices that are left to them, but none can be done sooner than its largest matrix.
+    A function of its arguments alone, so that all ranks choose alike. Matrices that live on the same ranks are weighed together:
+    owners share the work of all matrices that are left to them, but no step is shorter than the work for its largest matrix.
+
+    Args:
+        matrices: Kinds of matrices.
+        machine: The rates of one rank.
+        iterations: Number of Newton-Schulz iterations.
+        wave: As in :func:`.model.predict`.
 
     Returns:
-        For each entry, the mode and its part, by work, of that mode's :func:`predict`; collectives and memory are not divided.
+        For each entry, a name in :data:`.model.COSTS` and the entry's share, by work, of that mode's :func:`.model.predict`;
+        collectives and memory are not divided.
     """
     domains: dict[tuple[int, int], list[Matrices]] = {}
-    for some in matrices:
-        domains.setdefault((some.tp, some.copies), []).append(some)
+    for kind in matrices:
+        domains.setdefault((kind.tp, kind.copies), []).append(kind)
     chosen: dict[Matrices, tuple[str, Cost]] = {}
-    for here in domains.values():
-        modes = _modes(here, machine, iterations, wave)
+    for kinds in domains.values():
+        plan = _best_plan(kinds, machine, iterations, wave)
         for mode in exact_costs():
-            mine = [some for some in here if modes[_kind(some)] == mode]
-            together = predict(mode, mine, machine, iterations=iterations, wave=wave)
-            whole = sum(some.count * alone(some, machine, iterations) for some in mine)
-            for some in mine:
-                share = some.count * alone(some, machine, iterations) / whole if whole else 0.0
-                chosen[some] = mode, together.part(share)
-    return [chosen[some] for some in matrices]
+            members = [kind for kind in kinds if plan[_one(kind)] == mode]
+            together = predict(mode, members, machine, iterations=iterations, wave=wave)
+            work = sum(kind.count * alone(kind, machine, iterations) for kind in members)
+            for kind in members:
+                share = kind.count * alone(kind, machine, iterations) / work if work else 0.0
+                chosen[kind] = mode, together.part(share)
+    return [chosen[kind] for kind in matrices]
 
 
-def _kind(some: Matrices) -> Matrices:
-    return replace(some, count=1)
+def _one(kind: Matrices) -> Matrices:
+    return replace(kind, count=1)
 
 
-def _modes(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int | None) -> dict[Matrices, str]:
-    """By kind, for matrices that live on the same ranks."""
+def _best_plan(matrices: Sequence[Matrices], machine: Machine, iterations: int, wave: int | None) -> Plan:
+    """The modes of matrices that live on the same ranks."""
     counts: dict[Matrices, int] = {}
-    for some in here:
-        counts[_kind(some)] = counts.get(_kind(some), 0) + some.count
+    for kind in matrices:
+        counts[_one(kind)] = counts.get(_one(kind), 0) + kind.count
     kinds = [replace(kind, count=count) for kind, count in counts.items()]
-    # The first of equals is taken, and owner is first.
+    # Of equals the first is taken, and owner is first.
     plans = [dict.fromkeys(counts, mode) for mode in exact_costs()]
-    if len(kinds) > 1 and here[0].tp * here[0].copies > 1:
-        plans += _mixed(kinds, machine, iterations, wave)
+    if len(kinds) > 1 and matrices[0].tp * matrices[0].copies > 1:
+        plans += _mixed_plans(kinds, machine, iterations, wave)
 
-    def total(plan: dict[Matrices, str]) -> float:
-        return sum(
-            predict(
-                mode, [some for some in kinds if plan[_kind(some)] == mode], machine, iterations=iterations, wave=wave
-            ).seconds
-            for mode in exact_costs()
-        )
+    def seconds(plan: Plan) -> float:
+        total = 0.0
+        for mode in exact_costs():
+            members = [kind for kind in kinds if plan[_one(kind)] == mode]
+            total += predict(mode, members, machine, iterations=iterations, wave=wave).seconds
+        return total
 
-    return min(plans, key=total)
+    return min(plans, key=seconds)
 
 
-def _mixed(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int | None) -> list[dict[Matrices, str]]:
-    """Each kind as if there were no other; and owners for all but the largest, which leave while the step gets shorter."""
-    largest_first = sorted(kinds, key=lambda some: -alone(some, machine, iterations))
+def _mixed_plans(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int | None) -> list[Plan]:
+    """Two plans: each kind in the mode that is best for it alone; and owners for all but the largest kinds.
+
+    In the second one kinds leave the owners, the largest first, as long as that makes the step shorter.
+    """
+    largest_first = sorted(kinds, key=lambda kind: -alone(kind, machine, iterations))
     modes = exact_costs()
     costs = [
-        {mode: predict(mode, [some], machine, iterations=iterations, wave=wave).seconds for mode in modes}
-        for some in largest_first
+        {mode: predict(mode, [kind], machine, iterations=iterations, wave=wave).seconds for mode in modes}
+        for kind in largest_first
     ]
-    apart = {_kind(some): min(modes, key=cost.__getitem__) for some, cost in zip(largest_first, costs, strict=True)}
+    apart = {_one(kind): min(modes, key=cost.__getitem__) for kind, cost in zip(largest_first, costs, strict=True)}
     others = [min((mode for mode in modes if mode != "owner"), key=cost.__getitem__) for cost in costs]
-    # What owners take for those that stay, up to how evenly they are dealt.
+    # What owners take for the kinds that stay, up to how evenly they are dealt.
     ranks = kinds[0].tp * kinds[0].copies
     link = joint_link(kinds[0], machine)
     stay, shared = [0.0], 0.0
-    for some in reversed(largest_first):
-        single = alone(some, machine, iterations)
-        moved = some.payload * (2 - 1 / kinds[0].tp) / link.bandwidth
-        shared += some.count * (max(single, moved) / ranks + elementwise(some, machine))
-        stay.append(max(shared, max(single, some.payload * kinds[0].copies / link.bandwidth)))
-    leaving = list(accumulate((cost[other] for cost, other in zip(costs, others, strict=True)), initial=0.0))
-    totals = [there + here for there, here in zip(leaving, reversed(stay), strict=True)]
-    gone = totals.index(min(totals))
-    staged: dict[Matrices, str] = {
-        _kind(some): other if k < gone else "owner"
-        for k, (some, other) in enumerate(zip(largest_first, others, strict=True))
+    for kind in reversed(largest_first):
+        single = alone(kind, machine, iterations)
+        moved = kind.payload * (2 - 1 / kinds[0].tp) / link.bandwidth
+        shared += kind.count * (max(single, moved) / ranks + elementwise(kind, machine))
+        stay.append(max(shared, max(single, kind.payload * kinds[0].copies / link.bandwidth)))
+    leave = list(accumulate((cost[other] for cost, other in zip(costs, others, strict=True)), initial=0.0))
+    totals = [left + stayed for left, stayed in zip(leave, reversed(stay), strict=True)]
+    leaving = totals.index(min(totals))
+    staged = {
+        _one(kind): other if k < leaving else "owner"
+        for k, (kind, other) in enumerate(zip(largest_first, others, strict=True))
     }
     return [apart, staged]

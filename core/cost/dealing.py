@@ -1,4 +1,4 @@
-"""On paper: what each rank gets of matrices that are dealt out, and in how many waves they travel; see :mod:`.engine`."""
+"""Dealing and waves on paper: the load of each rank and the number of waves, without the step (:mod:`core.engine`) itself."""
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Load(NamedTuple):
-    """What each of some ``ranks`` has been dealt."""
+    """What each of ``ranks`` ranks has been dealt: seconds of work, and payload."""
 
     seconds: float
     payload: float
@@ -15,11 +15,16 @@ class Load(NamedTuple):
 
 
 def deal(jobs: Sequence[tuple[int, float, float]], ranks: int) -> list[Load]:
-    """Longest processing time first: each matrix to the rank with the least to do. As quick for many matrices as for one.
+    """Longest processing time first: each matrix goes to the rank with the least to do. As quick for many matrices as for one.
+
+    The outcome is that of :func:`core.sharding.dealing.deal_to_least`, matrix by matrix.
 
     Args:
-        jobs: Count, seconds and payload of equal matrices.
-        ranks: Ranks, or teams.
+        jobs: For each kind of matrix, how many there are, and the seconds and the payload of one.
+        ranks: Number of ranks, or of teams.
+
+    Returns:
+        Loads, in no particular order, that together count all ranks.
     """
     loads = [Load(0.0, 0.0, ranks)]
     for count, seconds, payload in sorted(jobs, key=lambda job: (-job[1], -job[2])):
@@ -31,25 +36,26 @@ def deal(jobs: Sequence[tuple[int, float, float]], ranks: int) -> list[Load]:
                 count -= rounds * ranks
                 continue
             least = heappop(loads)
-            some = min(count, least.ranks)
-            heappush(loads, Load(least.seconds + seconds, least.payload + payload, some))
-            if some < least.ranks:
-                heappush(loads, least._replace(ranks=least.ranks - some))
-            count -= some
+            dealt = min(count, least.ranks)
+            heappush(loads, Load(least.seconds + seconds, least.payload + payload, dealt))
+            if dealt < least.ranks:
+                heappush(loads, least._replace(ranks=least.ranks - dealt))
+            count -= dealt
     return loads
 
 
 def waves_of(kinds: Sequence[tuple[int, float]], limit: float, workers: int) -> int:
-    """How many waves are filled, one after the other.
+    """The number of waves that matrices fill, one wave after the other.
 
     Args:
-        kinds: Count of equal matrices, and entries that one of them brings to a rank; in the order in which they are dealt.
+        kinds: For each kind of matrix, in the order in which they are dealt, how many there are, and the entries that one
+            brings to a rank.
         limit: Entries of a wave; no matrix brings more.
-        workers: Ranks, or teams, that take one matrix each before one takes another; 1 where all get each.
+        workers: Ranks, or teams, that take one matrix each before one takes another; 1 where every rank gets each matrix.
     """
     waves, room, start = 0, 0.0, 0
     for count, entries in kinds:
-        # Every so many matrices the next round of workers begins, and it takes in what its first matrix brings.
+        # A round gives each worker one matrix, and takes in what its first matrix brings.
         left = ceil((start + count) / workers) - ceil(start / workers)
         start += count
         fitting = min(left, int(room // entries))

@@ -1,4 +1,4 @@
-"""Measures what :mod:`.cost_model` must know of this machine: products, memory, and the link between ranks."""
+"""Measures what :mod:`.model` must know of this machine: the rates of products, of memory and of the link between ranks."""
 
 import time
 from collections.abc import Callable
@@ -15,23 +15,24 @@ from ..linalg.products import product, symmetric_product
 from ..process_groups_config import Domain
 from .model import Link, Machine, step_traffic
 
-# By device; others need more, or starting a kernel is all that is measured.
+# By type of device; other devices need larger sizes, or starting a kernel is all that is measured.
 SIDE = {"cpu": 1024}
 """Rows and columns of the matrix whose products are timed; elsewhere 4096."""
 
 ENTRIES = {"cpu": 2**20}
-"""Of a matrix that is updated, and of what a rank sends; elsewhere 2^24."""
+"""Entries of each matrix in the timed update, and of what a rank sends; elsewhere 2^24."""
 
 MATRICES = 8
-"""That are updated one after the other: more than a cache holds."""
+"""Number of matrices in the timed update; together they exceed the cache."""
 
 BLOCK = {"cpu": 2**17}
-"""Entries that pass through all operations of the step before the next ones do; elsewhere all of them."""
+"""Entries that pass through all operations of the timed update together, as many as a step's blocks hold; elsewhere all."""
 
 REPS = 8
-"""Timed runs. Their median counts, not the shortest: ranks on one host disturb each other in a step, too."""
+"""Number of timed runs. Their median counts, not the shortest: ranks on one host disturb each other in a step, too."""
 
 Timed = Callable[[Callable[[], object]], float]
+"""Runs a function several times and returns the median of its seconds."""
 
 
 @cache
@@ -44,15 +45,15 @@ def measure(
     shape: tuple[int, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Machine:
-    """The rates of the slowest rank, equal on all of them. Measured once in a process for each set of arguments.
+    """The rates of the slowest rank, equal on all ranks. They are measured once in a process for each set of arguments.
 
     Args:
-        domain: Ranks whose link is measured; all of them must call. A single rank has no link: it takes no time.
-        device: Where the matrices are.
-        dtype: In which they travel.
+        domain: Ranks whose link is measured; all of them must call. The link of a single rank takes no time.
+        device: Device of the matrices.
+        dtype: Dtype in which matrices travel.
         precision: Arithmetic of float32 products: ``highest``, ``high`` or ``medium``.
-        shape: Of the matrix whose products are timed; :data:`SIDE` squared for None.
-        clock: In seconds. ``time.process_time`` tells what the processor does, also for more ranks than it has cores.
+        shape: Shape of the matrix whose products are timed; None for :data:`SIDE` squared.
+        clock: Returns seconds. ``time.process_time`` counts what the processor does, also for more ranks than it has cores.
     """
 
     def timed(run: Callable[[], object]) -> float:
@@ -65,9 +66,9 @@ def measure(
     x = torch.zeros(shape, dtype=dtype, device=device)
     turned = timed(lambda: x.mT.contiguous()) / (2 * x.nbytes)
     rates = []
-    for kind in (dtype, torch.promote_types(dtype, torch.float32)):
+    for product_dtype in (dtype, torch.promote_types(dtype, torch.float32)):
         with matmul_precision(precision, device):
-            rates.append(_products(timed, kind, device, shape, cached, turned))
+            rates.append(_products(timed, product_dtype, device, shape, cached, turned))
     times = torch.tensor(
         [memory, cached, turned, *rates, *_link(timed, domain, device)], dtype=torch.float64, device=device
     )
@@ -86,16 +87,16 @@ def measure(
 
 
 def _memory(timed: Timed, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of a byte in the elementwise passes of a step, with updates of ``dtype``."""
+    """Seconds for each byte of the elementwise passes of a step, with updates in ``dtype``."""
     entries = ENTRIES.get(device.type, 2**24)
     block = BLOCK.get(device.type, entries)
     p, g, m = (torch.zeros(MATRICES, entries, device=device) for _ in range(3))
 
     def step() -> None:
-        for some in zip(p, g, m, strict=True):
-            # New in every step, as there.
+        for matrix in zip(p, g, m, strict=True):
+            # An optimizer allocates its update in every step, too.
             u = torch.empty(entries, dtype=dtype, device=device)
-            for a, b, c, d in zip(*(x.split(block) for x in (*some, u)), strict=True):
+            for a, b, c, d in zip(*(x.split(block) for x in (*matrix, u)), strict=True):
                 d.copy_(b.lerp(c.lerp_(b, 0.5), 0.5))
                 a.add_(a, alpha=-0.1).add_(d, alpha=-0.1)
 
@@ -105,9 +106,9 @@ def _memory(timed: Timed, dtype: torch.dtype, device: torch.device) -> float:
 def _products(
     timed: Timed, dtype: torch.dtype, device: torch.device, shape: tuple[int, int], cached: float, turned: float
 ) -> float:
-    """Seconds of an operation in an iteration's products, beside the passes over operands and what is mirrored."""
+    """Seconds of one operation in an iteration's products, without the passes over operands and the mirrored halves."""
     m, n = min(shape), max(shape)
-    # Several, so that none is still in the cache when its turn comes, as in a step.
+    # There are four, so that none is still in the cache when its turn comes, as in a step.
     xs = cycle(torch.linspace(-1, 1, 4 * m * n, device=device).sin().div(n).to(dtype).view(4, m, n))
 
     def iterate() -> None:
@@ -122,7 +123,7 @@ def _products(
 
 
 def _link(timed: Timed, domain: Domain, device: torch.device) -> tuple[float, float]:
-    """Seconds of a collective that moves nothing, and of each byte that a rank receives."""
+    """Seconds of a collective that moves nothing, and seconds for each byte that a rank receives."""
     if domain.group is None:
         return 0.0, 0.0
     each = ENTRIES.get(device.type, 2**24) // domain.size
@@ -137,7 +138,7 @@ def _link(timed: Timed, domain: Domain, device: torch.device) -> tuple[float, fl
 
 
 def _median(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    """Seconds of a run, after one that is not timed."""
+    """Median of the seconds of :data:`REPS` runs, after one that is not timed."""
     spent = []
     for _ in range(REPS + 1):
         began = clock()

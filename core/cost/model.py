@@ -1,9 +1,10 @@
 """What a Muon step costs in each tensor-parallel mode: seconds, bytes and collectives of the busiest rank.
 
 Pure arithmetic on shapes: the same arguments give the same answer on every rank, so that a mode may be chosen by it.
-A product takes its operations at the machine's rate and the time in which its operands pass through memory; a collective takes a
-latency, whatever the number of ranks, and its bytes at the link's bandwidth. Rounds, waves, packing and elementwise passes
-are those of :mod:`.on_matrix` and :mod:`.engine`. Nothing is fitted to a measured step.
+A product takes the time of its operations at the machine's rate and the time in which its operands pass through memory. A
+collective takes a latency, whatever the number of ranks, and the time of its bytes at the link's bandwidth. Rounds, waves,
+packing and elementwise passes are those of :mod:`core.sharding.tp_modes` and :mod:`core.engine`. Nothing is fitted to a measured
+step.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ TEAM = "team"
 
 @dataclass(frozen=True)
 class Link:
-    """Between ranks.
+    """Latency and bandwidth between ranks.
 
     Attributes:
         latency: Seconds of a collective that moves nothing.
@@ -40,12 +41,12 @@ class Machine:
     Attributes:
         flops: Operations a second of products in the dtype that matrices travel in, beside the traffic of their operands.
         memory: Bytes a second of elementwise passes over parameters, gradients and state.
-        link: Between the ranks that split a matrix.
+        link: Link between the ranks that split a matrix.
         gram_flops: Operations a second of float32 products, for the Gram matrices of narrower shards; None for ``flops``.
-        far: Between all ranks that hold shards or copies; None for ``link``.
+        far: Link between all ranks that hold shards or copies; None for ``link``.
         turned: Bytes a second that are read and written by a copy that turns rows into columns; None for ``memory``.
         cached: Bytes a second of passes over a matrix while it is iterated; None for ``memory``.
-        device: Its type, ``cpu`` or ``cuda``: the ways to iterate differ.
+        device: Type of the device, ``cpu`` or ``cuda``: the ways to iterate differ.
     """
 
     flops: float
@@ -60,14 +61,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Matrices:
-    """Equal whole matrices.
+    """A kind of matrix: a number of whole matrices that are sharded alike.
 
     Attributes:
-        count: How many.
-        rows: Of the whole matrix.
-        cols: Of the whole matrix.
-        tp: Ranks that it is cut over.
-        copies: Ranks that hold the same shard.
+        count: Number of matrices.
+        rows: Rows of the whole matrix.
+        cols: Columns of the whole matrix.
+        tp: Number of ranks that a matrix is cut over.
+        copies: Number of ranks that hold the same shard.
         splits_short: Whether the shorter dim is the one that is cut.
         itemsize: Bytes of an entry as it travels: 2 at ``medium``, else 4, or 8 for float64.
     """
@@ -82,7 +83,7 @@ class Matrices:
 
     @property
     def entries(self) -> int:
-        """Of one whole matrix."""
+        """Entries of one whole matrix."""
         return self.rows * self.cols
 
     @property
@@ -99,14 +100,14 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a step, on the rank where it is largest.
+    """Predicted cost of one step on the busiest rank.
 
     Attributes:
         compute: Seconds of products and memory traffic.
         communication: Seconds of collectives.
-        bytes: Received.
-        collectives: Their number.
-        memory: Temporary bytes.
+        bytes: Bytes that the rank receives.
+        collectives: Number of collectives.
+        memory: Bytes of temporary memory.
         hidden: Seconds of ``communication`` that pass while the rank computes.
     """
 
@@ -119,11 +120,11 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """From begin to end."""
+        """Seconds of the whole step."""
         return self.compute + self.communication - self.hidden
 
     def __add__(self, other: "Cost") -> "Cost":
-        """One after the other; of the memory, the larger."""
+        """The cost of one after the other; of the memory, the larger."""
         return Cost(
             self.compute + other.compute,
             self.communication + other.communication,
@@ -134,7 +135,7 @@ class Cost:
         )
 
     def part(self, share: float) -> "Cost":
-        """``share`` of the seconds and bytes. Collectives and memory serve all, and stay."""
+        """``share`` of the seconds and bytes. Collectives and memory serve all matrices, and stay as they are."""
         return replace(
             self,
             compute=self.compute * share,
@@ -153,18 +154,19 @@ def predict(
     wave: int | None = None,
     state: float = 0.0,
 ) -> Cost:
-    """A step of all ``matrices`` in ``mode``.
+    """The cost of a step of all ``matrices`` in ``mode``.
 
-    Matrices with equal ``tp`` and ``copies`` are taken to live on the same ranks; those that differ come one after the other.
+    Matrices with equal ``tp`` and ``copies`` are taken to live on the same ranks; those that differ are stepped one after the
+    other.
 
     Args:
-        mode: A name in :data:`COSTS`. ``team`` recuts each matrix over the subgroup of ranks, of all sizes that are powers of
-            two the one that takes least.
-        matrices: What one rank has shards of.
-        machine: That rank's.
-        iterations: Of Newton-Schulz.
+        mode: A name in :data:`COSTS`. ``team`` recuts each matrix over a group of ranks: of all sizes that are powers of two,
+            the one with which the step takes the least time.
+        matrices: Kinds of matrices that one rank has shards of.
+        machine: The rates of that rank.
+        iterations: Number of Newton-Schulz iterations.
         wave: Entries that a rank takes in per wave; None for what the engine takes on such a device.
-        state: Further bytes of memory traffic for each entry of a shard, as of a second moment.
+        state: Further bytes of memory traffic for each entry of a shard, such as those of a second moment.
 
     Raises:
         ValueError: for a mode that has no cost.
@@ -174,124 +176,127 @@ def predict(
             f"mode {mode!r} has no predicted cost; possible: {', '.join(COSTS)}. Add its cost to core.cost.model.COSTS."
         )
     domains: dict[tuple[int, int], list[Matrices]] = {}
-    for some in matrices:
-        if some.count:
-            domains.setdefault((some.tp, some.copies), []).append(some)
+    for kind in matrices:
+        if kind.count:
+            domains.setdefault((kind.tp, kind.copies), []).append(kind)
     total = Cost()
     wave = wave or wave_entries(machine.device)
-    for here in domains.values():
-        step = COSTS[mode](here, machine, iterations, wave)
-        total += replace(step, compute=step.compute + sum(elementwise(some, machine, state) for some in here))
+    for kinds in domains.values():
+        step = COSTS[mode](kinds, machine, iterations, wave)
+        total += replace(step, compute=step.compute + sum(elementwise(kind, machine, state) for kind in kinds))
     return total
 
 
 def step_traffic(itemsize: int) -> int:
-    """Bytes that momentum, decay and update of a float32 entry read and write, which travels in ``itemsize`` bytes."""
+    """Bytes that momentum, decay and update of a float32 entry read and write, when it travels in ``itemsize`` bytes."""
     # Gradient and momentum are read, momentum and direction are written; parameter and update are read, one is written.
     return 20 + 2 * itemsize
 
 
-def elementwise(some: Matrices, machine: Machine, state: float = 0.0) -> float:
-    """Seconds of the passes over the shards of ``some``, all of them, and ``state`` bytes more for each entry."""
-    return some.count * some.entries / some.tp * (step_traffic(some.itemsize) + state) / machine.memory
+def elementwise(kind: Matrices, machine: Machine, state: float = 0.0) -> float:
+    """Seconds of the passes over all shards of ``kind``, with ``state`` further bytes for each entry."""
+    return kind.count * kind.entries / kind.tp * (step_traffic(kind.itemsize) + state) / machine.memory
 
 
 def seconds(work: Work, machine: Machine) -> float:
-    """How long ``machine`` takes for ``work``."""
+    """Seconds that ``machine`` takes for ``work``."""
     products = work.flops / machine.flops + work.gram_flops / (machine.gram_flops or machine.flops)
     cached = machine.cached or machine.memory
     return products + work.traffic / cached + work.turned / (machine.turned or cached)
 
 
-def alone(some: Matrices, machine: Machine, iterations: int) -> float:
+def alone(kind: Matrices, machine: Machine, iterations: int) -> float:
     """Seconds of one whole matrix on one rank."""
-    return seconds(_work(some, machine, iterations, 1), machine)
+    return seconds(_work(kind, machine, iterations, 1), machine)
 
 
-def joint_link(some: Matrices, machine: Machine) -> Link:
-    """Between all ranks that hold a shard or a copy of ``some``."""
-    return machine.far if some.copies > 1 and machine.far else machine.link
+def joint_link(kind: Matrices, machine: Machine) -> Link:
+    """The link between all ranks that hold a shard or a copy of ``kind``."""
+    return machine.far if kind.copies > 1 and machine.far else machine.link
 
 
 def _transfer(link: Link, size: float, collectives: int) -> float:
     return collectives * link.latency + size / link.bandwidth
 
 
-def _blockwise(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
+def _blockwise(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
     works = [
-        (some, newton_schulz_work(*some.block, some.itemsize, iterations=iterations, device=machine.device))
-        for some in here
+        (kind, newton_schulz_work(*kind.block, kind.itemsize, iterations=iterations, device=machine.device))
+        for kind in kinds
     ]
-    compute = sum(some.count * seconds(work, machine) for some, work in works)
+    compute = sum(kind.count * seconds(work, machine) for kind, work in works)
     return Cost(compute, memory=max(work.memory for _, work in works))
 
 
-def _duplicated(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
-    tp = here[0].tp
-    compute = sum(some.count * alone(some, machine, iterations) for some in here)
-    memory = max(_work(some, machine, iterations, 1).memory for some in here)
+def _duplicated(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
+    tp = kinds[0].tp
+    compute = sum(kind.count * alone(kind, machine, iterations) for kind in kinds)
+    memory = max(_work(kind, machine, iterations, 1).memory for kind in kinds)
     if tp == 1:
         return Cost(compute, memory=memory)
-    whole = float(sum(some.count * some.payload for some in here))
-    waves = _number_of_waves(here, [float(some.entries) for some in here], wave)
+    whole = float(sum(kind.count * kind.payload for kind in kinds))
+    waves = _number_of_waves(kinds, [float(kind.entries) for kind in kinds], wave)
     received = (tp - 1) / tp * whole
     moved = _transfer(machine.link, received, waves)
-    # Packed, and put together out of what arrived.
+    # Shards are packed, and wholes are put together out of what arrived.
     compute += 2 * (whole / tp + whole) / machine.memory
-    memory += 2 * whole * min(_depth(here), waves) / waves
+    memory += 2 * whole * min(_depth(kinds), waves) / waves
     return Cost(compute, moved, received, waves, memory, hidden=min(compute, moved * (1 - 1 / waves)))
 
 
-def _distributed(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
-    tp = here[0].tp
+def _distributed(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
+    tp = kinds[0].tp
     if tp == 1:
-        return _duplicated(here, machine, iterations, wave)
-    works = [_work(some, machine, iterations, tp) for some in here]
-    brought = [some.entries / tp + (0 if some.splits_short else min(some.rows, some.cols) ** 2) for some in here]
-    waves = _number_of_waves(here, brought, wave)
-    compute = sum(some.count * seconds(work, machine) for some, work in zip(here, works, strict=True))
-    memory = sum(some.count * work.memory for some, work in zip(here, works, strict=True))
-    step = Cost(compute, memory=memory) + _reductions(here, machine, works, machine.link, tp, 1, waves)
-    short = [some for some in here if some.splits_short]
+        return _duplicated(kinds, machine, iterations, wave)
+    works = [_work(kind, machine, iterations, tp) for kind in kinds]
+    brought = [kind.entries / tp + (0 if kind.splits_short else min(kind.rows, kind.cols) ** 2) for kind in kinds]
+    waves = _number_of_waves(kinds, brought, wave)
+    compute = sum(kind.count * seconds(work, machine) for kind, work in zip(kinds, works, strict=True))
+    memory = sum(kind.count * work.memory for kind, work in zip(kinds, works, strict=True))
+    step = Cost(compute, memory=memory) + _reductions(kinds, machine, works, machine.link, tp, 1, waves)
+    short = [kind for kind in kinds if kind.splits_short]
     if short:
-        recut = sum(some.count * some.payload / tp for some in short)
+        recut = sum(kind.count * kind.payload / tp for kind in short)
         received = 2 * (tp - 1) / tp * recut
-        times = 2 * min(waves, sum(some.count for some in short))
-        # Packed and unpacked, there and back.
+        times = 2 * min(waves, sum(kind.count for kind in short))
+        # Shards are packed and unpacked on the way there, and again on the way back.
         step += Cost(8 * recut / machine.memory, _transfer(machine.link, received, times), received, times)
     return replace(
         step,
-        memory=step.memory * min(_depth(here), waves) / waves,
+        memory=step.memory * min(_depth(kinds), waves) / waves,
         hidden=min(step.compute, step.communication * (1 - 1 / waves)),
     )
 
 
-def _number_of_waves(here: Sequence[Matrices], brought: Sequence[float], wave: int, workers: int = 1) -> int:
-    dearest_first = sorted(zip(here, brought, strict=True), key=lambda kind: -flops(kind[0].rows, kind[0].cols))
-    return waves_of([(some.count, entries) for some, entries in dearest_first], max(float(wave), *brought), workers)
+def _number_of_waves(kinds: Sequence[Matrices], brought: Sequence[float], wave: int, workers: int = 1) -> int:
+    dearest_first = sorted(zip(kinds, brought, strict=True), key=lambda pair: -flops(pair[0].rows, pair[0].cols))
+    return waves_of([(kind.count, entries) for kind, entries in dearest_first], max(float(wave), *brought), workers)
 
 
-def _depth(here: Sequence[Matrices]) -> int:
-    """Waves that have tensors in memory: one travels in, one is worked on and, of 16-bit entries, one travels back."""
-    return 3 if all(some.itemsize == 2 for some in here) else 2
+def _depth(kinds: Sequence[Matrices]) -> int:
+    """Number of waves with tensors in memory: one travels in, one is worked on and, of 16-bit entries, one travels back."""
+    return 3 if all(kind.itemsize == 2 for kind in kinds) else 2
 
 
-def _owner(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
-    return _waves(here, machine, iterations, wave, 1)
+def _owner(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
+    return _waves(kinds, machine, iterations, wave, 1)
 
 
-def _team(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
-    return _waves(here, machine, iterations, wave, team_size(here, machine, iterations=iterations, wave=wave))
+def _team(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int) -> Cost:
+    return _waves(kinds, machine, iterations, wave, team_size(kinds, machine, iterations=iterations, wave=wave))
 
 
 def team_size(matrices: Sequence[Matrices], machine: Machine, *, iterations: int = 5, wave: int | None = None) -> int:
-    """Ranks that work on a matrix together in ``team``: the power of two, from 2, with which a step takes the least.
+    """Number of ranks that work on a matrix together in ``team``: the power of two with which a step takes the least time.
 
     Args:
-        matrices: That live on the same ranks; at least one.
+        matrices: Kinds of matrices that live on the same ranks; at least one.
+        machine: The rates of one rank.
+        iterations: Number of Newton-Schulz iterations.
+        wave: As in :func:`predict`.
 
     Returns:
-        All of the ranks where they are an odd number; 1 where there is only one.
+        At least 2. All ranks where their number is odd; 1 where there is only one.
     """
     ranks = matrices[0].tp * matrices[0].copies
     entries = wave or wave_entries(machine.device)
@@ -299,40 +304,40 @@ def team_size(matrices: Sequence[Matrices], machine: Machine, *, iterations: int
     return min(sizes, key=lambda size: _waves(matrices, machine, iterations, entries, size).seconds)
 
 
-def _waves(here: Sequence[Matrices], machine: Machine, iterations: int, wave: int, size: int) -> Cost:
-    """Whole matrices that travel to teams of ``size`` ranks and back, wave by wave."""
-    tp, copies = here[0].tp, here[0].copies
+def _waves(kinds: Sequence[Matrices], machine: Machine, iterations: int, wave: int, size: int) -> Cost:
+    """Cost of whole matrices that travel to teams of ``size`` ranks and back, wave by wave."""
+    tp, copies = kinds[0].tp, kinds[0].copies
     ranks = tp * copies
     if ranks == 1:
-        return _duplicated(here, machine, iterations, wave)
-    link = joint_link(here[0], machine)
-    works = [_work(some, machine, iterations, size) for some in here]
+        return _duplicated(kinds, machine, iterations, wave)
+    link = joint_link(kinds[0], machine)
+    works = [_work(kind, machine, iterations, size) for kind in kinds]
     loads = deal(
-        [(some.count, seconds(work, machine), some.payload / size) for some, work in zip(here, works, strict=True)],
+        [(kind.count, seconds(work, machine), kind.payload / size) for kind, work in zip(kinds, works, strict=True)],
         ranks // size,
     )
-    total = float(sum(some.count * some.payload for some in here))
+    total = float(sum(kind.count * kind.payload for kind in kinds))
     owned = max(load.payload for load in loads)
-    waves = _number_of_waves(here, [some.entries / size for some in here], wave, ranks // size)
-    # A worker takes in one replica's shards, of its own matrices, and every rank its shards of the others'.
+    waves = _number_of_waves(kinds, [kind.entries / size for kind in kinds], wave, ranks // size)
+    # A worker takes in one replica's shards of its own matrices, and every rank takes in its shards of the others' results.
     away = (tp - 1) / tp if size == 1 else 1.0
     received = max(away * load.payload + (total - load.payload) / tp for load in loads)
     back = (total - min(load.payload for load in loads)) / tp
-    # It sends to all replicas.
+    # A worker sends its results to all replicas.
     sent = owned * (copies - 1 / tp)
     moved = _transfer(link, away * owned + max(back, sent), 2 * waves)
     # Workers put matrices together and cut them up again.
     compute = max(load.seconds for load in loads) + 2 * owned * (1 + copies) / machine.memory
     # The first wave comes in and the last one leaves while nothing is computed.
     hidden = min(compute, moved * (1 - 1 / waves))
-    # Sent, received and put together; the results sent and received.
-    memory = max(work.memory for work in works) + (3 * owned + sent + back) * min(_depth(here), waves) / waves
+    # Shards are sent, received and put together; results are sent and received.
+    memory = max(work.memory for work in works) + (3 * owned + sent + back) * min(_depth(kinds), waves) / waves
     step = Cost(compute, moved, received, 2 * waves, memory, hidden)
-    return step if size == 1 else step + _reductions(here, machine, works, link, size, ranks // size, waves)
+    return step if size == 1 else step + _reductions(kinds, machine, works, link, size, ranks // size, waves)
 
 
 def _reductions(
-    here: Sequence[Matrices],
+    kinds: Sequence[Matrices],
     machine: Machine,
     works: Sequence[Work],
     link: Link,
@@ -340,26 +345,25 @@ def _reductions(
     teams: int,
     waves: int,
 ) -> Cost:
-    """Of the Gram matrices of matrices that are cut over ``size`` ranks: those of a round and wave in one buffer."""
-    grams = [max(some.itemsize, 4) * float(min(some.rows, some.cols)) ** 2 for some in here]
+    """Cost of reducing Gram matrices over ``size`` ranks: those of one round and wave share a buffer."""
+    grams = [max(kind.itemsize, 4) * float(min(kind.rows, kind.cols)) ** 2 for kind in kinds]
     rounds = works[0].rounds
-    load = max(
-        load.payload for load in deal([(some.count, gram, gram) for some, gram in zip(here, grams, strict=True)], teams)
-    )
+    loads = deal([(kind.count, gram, gram) for kind, gram in zip(kinds, grams, strict=True)], teams)
+    load = max(load.payload for load in loads)
     moved = rounds * 2 * (size - 1) / size * load
     packed = rounds * 2 * load / machine.memory
     return Cost(packed, _transfer(link, moved, rounds * waves), moved, rounds * waves, 2 * load / waves)
 
 
-def _work(some: Matrices, machine: Machine, iterations: int, ranks: int) -> Work:
+def _work(kind: Matrices, machine: Machine, iterations: int, ranks: int) -> Work:
     return newton_schulz_work(
-        some.rows, some.cols, some.itemsize, iterations=iterations, ranks=ranks, device=machine.device
+        kind.rows, kind.cols, kind.itemsize, iterations=iterations, ranks=ranks, device=machine.device
     )
 
 
 ModeCost = Callable[[Sequence[Matrices], Machine, int, int], Cost]
-"""``cost(matrices, machine, iterations, wave)``: a step of matrices that live on the same ranks, without the passes over shards
-that all modes have. ``wave``: entries that a rank takes in per wave."""
+"""``cost(kinds, machine, iterations, wave)``: a step of matrices that live on the same ranks, without the passes over shards
+that every mode makes. ``kinds`` is not empty; ``wave`` is the number of entries that a rank takes in per wave."""
 
 COSTS: dict[str, ModeCost] = {
     "owner": _owner,
@@ -368,7 +372,7 @@ COSTS: dict[str, ModeCost] = {
     "duplicated": _duplicated,
     "blockwise": _blockwise,
 }
-"""What a step costs in each tensor-parallel mode, by its name; where two cost the same, the first is chosen."""
+"""Cost of a step in each tensor-parallel mode, by the mode's name; where two cost the same, the first is chosen."""
 
 
 def mode_of(cost: str) -> str:

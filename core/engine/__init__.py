@@ -1,4 +1,4 @@
-"""All communication of a step: rules run in lockstep, and each round of their requests is one collective per group."""
+"""All communication of a step. Rules run in lockstep, and each round of their requests is one collective per process group."""
 
 from .environment import CHECK, WAVE, checks_ranks, wave_entries
 from .rounds import DEPTH, Run, reduced, run

@@ -3,13 +3,13 @@
 import os
 
 WAVE = "SHARDSTEP_WAVE"
-"""Environment variable: entries of whole matrices that a rank takes in per wave; bits do not depend on it."""
+"""Environment variable: entries of whole matrices that a rank takes in per wave. Results do not depend on it, bit for bit."""
 
 CHECK = "SHARDSTEP_CHECK"
-"""Environment variable: ``1`` makes the ranks of a group compare what they ask for before each collective; slow, to debug."""
+"""Environment variable: ``1`` makes the ranks of a group compare their requests before each collective; slow, for debugging."""
 
 SMALLEST_WAVE = {"cpu": 2**20}
-"""Entries of a wave by device, elsewhere 2^24, when :data:`WAVE` is not set: a wave must be worth its two collectives."""
+"""Least entries of a wave by type of device, elsewhere 2^24, unless :data:`WAVE` is set; fewer are not worth two collectives."""
 
 
 def wave_entries(device: str) -> int:
@@ -22,30 +22,30 @@ def wave_limit(largest: int, device: str) -> int:
 
     Args:
         largest: Entries of the largest whole matrix that travels.
-        device: Where it is: ``cpu``, ``cuda``, ….
+        device: Type of its device: ``cpu``, ``cuda``, ….
 
     Raises:
         ValueError: when :data:`WAVE` is not a positive whole number.
     """
-    given = os.environ.get(WAVE)
-    if given is None:
+    setting = os.environ.get(WAVE)
+    if setting is None:
         return max(wave_entries(device), largest)
-    if not given.isdecimal() or int(given) < 1:
+    if not setting.isdecimal() or int(setting) < 1:
         raise ValueError(
-            f"{WAVE} is {given!r}, but must be a whole number of entries, at least 1; unset it for the default."
+            f"{WAVE} is {setting!r}, but must be a whole number of entries, at least 1; unset it for the default."
         )
-    return int(given)
+    return int(setting)
 
 
 def checks_ranks() -> bool:
-    """Whether the user asked for :data:`CHECK`.
+    """Whether :data:`CHECK` is set to 1.
 
     Raises:
-        ValueError: when it is set to something else than 0 or 1.
+        ValueError: when it is set to anything but 0 or 1.
     """
-    given = os.environ.get(CHECK, "0")
-    if given not in ("", "0", "1"):
+    setting = os.environ.get(CHECK, "0")
+    if setting not in ("", "0", "1"):
         raise ValueError(
-            f"{CHECK} is {given!r}, but must be 1, to compare what ranks ask for, or 0 or unset for no checks."
+            f"{CHECK} is {setting!r}, but must be 1, to compare what ranks ask for, or 0 or unset for no checks."
         )
-    return given == "1"
+    return setting == "1"

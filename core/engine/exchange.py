@@ -12,17 +12,21 @@ from ..sharding.ranges import Overlap, overlap
 from ..sharding.requests import Move, Placement
 
 Block = tuple[Overlap, ...]
-"""One rectangle that two ranks share, per dim: its position in the sender's shard, in the receiver's, and its length."""
+"""A rectangle that two ranks share. Per dim: its position in the sender's shard and in the receiver's, and its length."""
+
 Blocks = tuple[Block, ...]
+"""All rectangles that two ranks share."""
+
 Pieces = list[tuple[Block, Tensor]]
+"""Rectangles, each with the part of a buffer that holds it."""
 
 
 def exchange(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
-    """Start to answer ``moves``, which share domain, dtype and device, with one collective.
+    """Start one collective that answers all of ``moves``, which share domain, dtype and device.
 
     Returns:
-        What waits for the answers: for each move, (B, *local shape) in the target placement, or None where this rank holds
-        nothing there. May be a view of a buffer that serves several moves.
+        A function that waits for the collective and returns, for each move, (B, *local shape) in the target placement, or None
+        where this rank holds nothing. An answer may be a view of a buffer that serves several moves.
     """
     domain = moves[0].src.domain
     assert domain.group is not None
@@ -34,44 +38,55 @@ def exchange(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
 def _all_to_all(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
     domain, like = moves[0].src.domain, _like(moves)
     me, peers = domain.index, range(domain.size)
-    out = [[_blocks(move.src, move.dst, me, peer) for move in moves] for peer in peers]
-    back = [[_blocks(move.src, move.dst, peer, me) for move in moves] for peer in peers]
+    outgoing = [[_blocks(move.src, move.dst, me, peer) for move in moves] for peer in peers]
+    incoming = [[_blocks(move.src, move.dst, peer, me) for move in moves] for peer in peers]
     send_sizes, recv_sizes = (
         [sum(_numel(move, blocks) for move, blocks in zip(moves, row, strict=True)) for row in rows]
-        for rows in (out, back)
+        for rows in (outgoing, incoming)
     )
-    send = _packed(like.new_empty(sum(send_sizes)), moves, out)
+    send = _packed(like.new_empty(sum(send_sizes)), moves, outgoing)
     recv = like.new_empty(sum(recv_sizes))
     work = dist.all_to_all_single(recv, send, recv_sizes, send_sizes, group=domain.group, async_op=True)
-    return _arrival(work, [send], moves, recv.split(recv_sizes), back)
+    return _arrival(work, [send], moves, recv.split(recv_sizes), incoming)
 
 
 def _all_gather(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
-    """The same for targets that want the same everywhere: a rank sends each of its pieces once, padded to the longest."""
+    """As :func:`_all_to_all`, for targets that are the same on every rank: each rank sends its pieces once.
+
+    What a rank sends is padded to the length of the longest.
+    """
     domain, like = moves[0].src.domain, _like(moves)
     me, peers = domain.index, range(domain.size)
-    # Every rank wants the same, so what a peer would send to me is what it sends to all.
-    back = [[_blocks(move.src, move.dst, peer, me) for move in moves] for peer in peers]
-    longest = max(sum(_numel(move, blocks) for move, blocks in zip(moves, row, strict=True)) for row in back)
-    send = _packed(like.new_empty(longest), moves, [back[me]])
+    # Every rank wants the same, so what a peer would send to this rank is what it sends to all.
+    incoming = [[_blocks(move.src, move.dst, peer, me) for move in moves] for peer in peers]
+    longest = max(sum(_numel(move, blocks) for move, blocks in zip(moves, row, strict=True)) for row in incoming)
+    send = _packed(like.new_empty(longest), moves, [incoming[me]])
     recv = like.new_empty(domain.size * longest)
     work = dist.all_gather_single(recv, send, group=domain.group, async_op=True)
-    return _arrival(work, [send], moves, recv.split(longest), back)
+    return _arrival(work, [send], moves, recv.split(longest), incoming)
 
 
 def _arrival(
     work: dist.Work, keep: list[Tensor], moves: Sequence[Move], buffers: Sequence[Tensor], blocks: list[list[Blocks]]
 ) -> Callable[[], list[Tensor | None]]:
-    """What waits for ``work`` and puts each move's pieces together; ``keep`` lives until then."""
+    """A function that waits for ``work`` and puts each move's pieces together.
+
+    Args:
+        work: A collective that was started.
+        keep: What must stay in memory until it has ended.
+        moves: The moves that it answers.
+        buffers: Per sender, where what it sends arrives.
+        blocks: Per sender and move, the rectangles that it sends.
+    """
     targets = [(move.batch, move.dst.local_shape, move.dtype, move.device) for move in moves]
     received: list[Pieces] = [[] for _ in moves]
     for buffer, row in zip(buffers, blocks, strict=True):
-        at = 0
-        for move, pieces, some in zip(moves, received, row, strict=True):
-            for block in some:
+        start = 0
+        for move, pieces, rectangles in zip(moves, received, row, strict=True):
+            for block in rectangles:
                 size = _numel(move, (block,))
-                pieces.append((block, buffer[at : at + size]))
-                at += size
+                pieces.append((block, buffer[start : start + size]))
+                start += size
 
     def arrive() -> list[Tensor | None]:
         work.wait()
@@ -84,20 +99,24 @@ def _arrival(
 
 
 def _blocks(src: Placement, dst: Placement, sender: int, receiver: int) -> Blocks:
+    """What ``sender`` gives to ``receiver``; found once for each pair of placements and ranks."""
     key = dst, sender, receiver
     if key not in src.shared:
         have, want = src.boxes[sender], dst.boxes[receiver]
-        nothing = have is None or want is None or sender not in src.sources[receiver]
+        shares_nothing = have is None or want is None or sender not in src.sources[receiver]
         src.shared[key] = (
-            () if nothing else tuple(product(*(overlap(h, w) for h, w in zip(have or (), want or (), strict=True))))
+            ()
+            if shares_nothing
+            else tuple(product(*(overlap(h, w) for h, w in zip(have or (), want or (), strict=True))))
         )
     blocks: Blocks = src.shared[key]
     return blocks
 
 
-def _at(block: Block, side: str) -> tuple[slice, ...]:
+def _slices(block: Block, side: str) -> tuple[slice, ...]:
+    """The index of ``block`` in the stack of the sender (``side="left"``) or of the receiver (``"right"``)."""
     starts: Iterator[int] = (getattr(o, side) for o in block)
-    return (slice(None), *(slice(at, at + o.length) for at, o in zip(starts, block, strict=True)))
+    return (slice(None), *(slice(start, start + o.length) for start, o in zip(starts, block, strict=True)))
 
 
 def _shape(batch: int, block: Block) -> tuple[int, ...]:
@@ -113,28 +132,31 @@ def _like(moves: Sequence[Move]) -> Tensor:
 
 
 def _packed(buffer: Tensor, moves: Sequence[Move], blocks: list[list[Blocks]]) -> Tensor:
-    """``buffer`` with what each receiver gets, one after the other. The moves let go of what they have sent."""
-    at = 0
-    places: list[list[tuple[Block, Tensor]]] = [[] for _ in moves]
+    """``buffer``, filled with what each receiver gets, one after the other. Sets the moves' ``x`` to None.
+
+    A move whose ``x`` is a function writes straight into the buffer when all of its shard has one place there.
+    """
+    start = 0
+    places: list[Pieces] = [[] for _ in moves]
     for row in blocks:
-        for move, mine, some in zip(moves, places, row, strict=True):
-            for block in some:
+        for move, pieces, rectangles in zip(moves, places, row, strict=True):
+            for block in rectangles:
                 size = _numel(move, (block,))
-                mine.append((block, buffer[at : at + size].view(_shape(move.batch, block))))
-                at += size
-    for move, mine in zip(moves, places, strict=True):
+                pieces.append((block, buffer[start : start + size].view(_shape(move.batch, block))))
+                start += size
+    for move, pieces in zip(moves, places, strict=True):
         x, move.x = move.x, None
         if x is None:
             continue
         if callable(x):
             shape = (move.batch, *(move.src.local_shape or ()))
-            if len(mine) == 1 and mine[0][1].shape == shape:
-                x(mine[0][1])
+            if len(pieces) == 1 and pieces[0][1].shape == shape:
+                x(pieces[0][1])
                 continue
-            x(made := buffer.new_empty(shape))
-            x = made
-        for block, place in mine:
-            place.copy_(x[_at(block, "left")])
+            x(formed := buffer.new_empty(shape))
+            x = formed
+        for block, place in pieces:
+            place.copy_(x[_slices(block, "left")])
     return buffer
 
 
@@ -147,5 +169,5 @@ def _unpack(
         return pieces[0][1].view(batch, *shape)
     x = torch.empty((batch, *shape), dtype=dtype, device=device)
     for block, piece in pieces:
-        x[_at(block, "right")] = piece.view(_shape(batch, block))
+        x[_slices(block, "right")] = piece.view(_shape(batch, block))
     return x

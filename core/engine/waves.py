@@ -17,7 +17,7 @@ from .exchange import exchange
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 Take = Callable[[list[Any]], None]
-"""Takes an answer out of a list of one, so that nobody else holds on to a whole matrix while a rule works on it."""
+"""Takes an answer out of a list of one, so that nothing else keeps a whole matrix in memory while a rule works on it."""
 
 _listener: Callable[[str], None] | None = None
 
@@ -26,10 +26,10 @@ class Work(NamedTuple):
     """A rule and what the engine must know to put it in a wave.
 
     Attributes:
-        label: The parameter's name.
-        rule: Not started yet.
-        cost: Relative work; the dearest goes first.
-        entries: Of the largest tensor that the rule brings to one rank; 0 keeps it out of waves.
+        label: Name of the parameter.
+        rule: A generator that was not started yet.
+        cost: Work of the largest matrix, in any unit; the dearest rule goes first.
+        entries: Entries of the largest tensor that the rule brings to one rank; 0 keeps it out of waves.
     """
 
     label: str
@@ -39,7 +39,7 @@ class Work(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A request that waits for an answer, the label of its work, and what takes the answer."""
+    """A request that waits for an answer, the label of its work, and the function that takes the answer."""
 
     request: Any
     label: str
@@ -47,16 +47,22 @@ class Pending(NamedTuple):
 
 
 def on_collective(listener: Callable[[str], None] | None) -> None:
-    """Call ``listener`` with what a collective is for, the label of its first work, as each starts; None ends that.
+    """Call ``listener`` with the label of the first work of each collective that starts; None ends that.
 
-    Whoever looks for ranks that hang wants to know. There is one listener; a new one takes the place of the one before.
+    So a watchdog can say what a rank waits for. There is one listener; a new one takes the place of the one before.
     """
     global _listener
     _listener = listener
 
 
 class Task:
-    """A rule that is being run, and what it waits for."""
+    """A rule that is being run, and the requests that it waits for.
+
+    Args:
+        deal: Answers the rule's :class:`Deal` requests.
+        work: The rule.
+        done: Takes the rule's result.
+    """
 
     def __init__(self, deal: Callable[[Deal], list[int]], work: Work, done: Take) -> None:
         self.work = work
@@ -69,7 +75,7 @@ class Task:
         return self
 
     def _resume(self, rule: Rule, done: Take, value: list[Any]) -> None:
-        """Send ``value`` to ``rule`` and take up what it yields, until it waits; give ``done`` its result at the end."""
+        """Send ``value`` to ``rule`` and answer what it yields until it must wait; at its end give its result to ``done``."""
         while True:
             try:
                 asked = rule.send(value.pop())
@@ -82,10 +88,10 @@ class Task:
                 return
             value = [answers] if many else answers
 
-    def _ask(self, wants: list[Any], many: bool, go_on: Take) -> list[Any] | None:
-        """The answers, if none needs another rank; or None, and ``go_on`` is given them later."""
-        answers: list[Any] = [None] * len(wants)
-        missing = len(wants)
+    def _ask(self, requests: list[Any], many: bool, go_on: Take) -> list[Any] | None:
+        """The answers, when none of them needs another rank; otherwise None, and ``go_on`` gets the answers later."""
+        answers: list[Any] = [None] * len(requests)
+        missing = len(requests)
         waits = False
 
         def answer(k: int, value: list[Any]) -> None:
@@ -95,48 +101,48 @@ class Task:
             if waits and not missing:
                 go_on([answers] if many else answers)
 
-        for k, want in enumerate(wants):
-            if isgenerator(want):
-                self._resume(want, partial(answer, k), [None])
-            elif isinstance(want, Deal):
-                answer(k, [self._deal(want)])
-            elif isinstance(want, Reduce) and not want.groups:
-                answer(k, [want.finish(want.x) if want.finish else want.x])
+        for k, request in enumerate(requests):
+            if isgenerator(request):
+                self._resume(request, partial(answer, k), [None])
+            elif isinstance(request, Deal):
+                answer(k, [self._deal(request)])
+            elif isinstance(request, Reduce) and not request.groups:
+                answer(k, [request.finish(request.x) if request.finish else request.x])
             else:
-                self.pending.append(Pending(want, self.work.label, partial(answer, k)))
+                self.pending.append(Pending(request, self.work.label, partial(answer, k)))
         waits = missing > 0
         return None if waits else answers
 
 
 class Wave:
-    """Tasks whose requests go out together. :attr:`travels` until all have ended."""
+    """Tasks whose requests go out together. It :attr:`travels` until all of them have ended."""
 
     def __init__(self, check: bool, tasks: list[Task]) -> None:
         self._check = check
         self._tasks = tasks
-        self._flying: list[Callable[[], None]] = []
+        self._under_way: list[Callable[[], None]] = []
         self.send()
 
     @property
     def travels(self) -> bool:
-        return bool(self._flying)
+        return bool(self._under_way)
 
     def send(self) -> None:
-        """Start the collectives of a round, unless one is under way."""
-        if self._flying:
+        """Start the collectives of a round, unless a round is under way."""
+        if self._under_way:
             return
         moves = self._take(lambda request: isinstance(request, Move))
         if moves:
-            self._flying = [self._post(some, partial(_move, self._check)) for some in _group_by(moves, _move_key)]
+            self._under_way = [self._post(batch, partial(_move, self._check)) for batch in _group_by(moves, _move_key)]
         elif batch := self._take(lambda request: True):
-            self._flying = [self._post(batch, partial(_reduce, self._check))]
+            self._under_way = [self._post(batch, partial(_reduce, self._check))]
 
     def receive(self) -> None:
-        """Wait for the round and let the rules go on, those of a team until they have nothing more to ask each other."""
-        flying, self._flying = self._flying, []
-        for arrive in flying:
+        """Wait for the round and let the rules go on; those of a team go on until they have nothing more to ask each other."""
+        under_way, self._under_way = self._under_way, []
+        for arrive in under_way:
             arrive()
-        # The other ranks know nothing of a team's reductions: they must not change the order of what all take part in.
+        # Ranks outside a team know nothing of its reductions, which must not change the order of collectives that all join.
         while batch := self._take(lambda request: isinstance(request, Reduce) and request.team):
             self._post(batch, partial(_reduce, self._check))()
 
@@ -151,7 +157,7 @@ class Wave:
         if _listener is not None:
             _listener(batch[0].label)
         arrive = start(batch)
-        # Not the requests: what they hold is in the buffers now.
+        # The requests are not kept: what they held is in the buffers now.
         answers = [pending.answer for pending in batch]
 
         def finish() -> None:
@@ -166,7 +172,7 @@ class Wave:
 def _move(check: bool, batch: list[Pending]) -> Callable[[], list[Any]]:
     moves = [pending.request for pending in batch]
     if check:
-        compare(_asked(batch), moves[0].src.domain.group)
+        compare(_described(batch), moves[0].src.domain.group)
     return exchange(moves)
 
 
@@ -178,11 +184,11 @@ def _reduce(check: bool, batch: list[Pending]) -> Callable[[], list[Any]]:
             (p.request.groups[depth : depth + 1], p.request.op, v.dtype) for p, v in zip(batch, values, strict=True)
         ]
         started = []
-        for where in _group_by((i for i, (groups, _, _) in enumerate(keys) if groups), keys.__getitem__):
-            (group,), op, _ = keys[where[0]]
+        for members in _group_by((i for i, (groups, _, _) in enumerate(keys) if groups), keys.__getitem__):
+            (group,), op, _ = keys[members[0]]
             if check:
-                compare(_asked([batch[i] for i in where]), group)
-            started.append((where, _all_reduce([values[i] for i in where], op, group)))
+                compare(_described([batch[i] for i in members]), group)
+            started.append((members, _all_reduce([values[i] for i in members], op, group)))
         return started
 
     first = start(0)
@@ -190,15 +196,15 @@ def _reduce(check: bool, batch: list[Pending]) -> Callable[[], list[Any]]:
     def arrive() -> list[Any]:
         # A tensor that is split over two axes is reduced over one after the other.
         for depth in range(max(len(p.request.groups) for p in batch)):
-            for where, reduced in start(depth) if depth else first:
-                for i, value in zip(where, reduced(), strict=True):
+            for members, reduced in start(depth) if depth else first:
+                for i, value in zip(members, reduced(), strict=True):
                     values[i] = value
         return [p.request.finish(v) if p.request.finish else v for p, v in zip(batch, values, strict=True)]
 
     return arrive
 
 
-def _asked(batch: list[Pending]) -> list[tuple[Any, ...]]:
+def _described(batch: list[Pending]) -> list[tuple[Any, ...]]:
     return [(p.label, *_signature(p.request)) for p in batch]
 
 

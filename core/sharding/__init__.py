@@ -1,1 +1,1 @@
-"""Where tensors live, and what a rule may ask about the whole of them: pure data. Nothing here communicates."""
+"""Where tensors live, and what a rule may ask about whole tensors. Pure data: no module of this folder communicates."""

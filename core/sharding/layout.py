@@ -1,4 +1,4 @@
-"""Where a logical tensor lives, and the requests about the whole of it that a rule may make. Nothing here communicates."""
+"""Where a logical tensor lives, and the requests about the whole of it that a rule may make. This module does not communicate."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class Split:
 
     Attributes:
         axis: The mesh axis.
-        held: For each index on the axis, the whole-tensor indices it holds, in the order in which it holds them.
+        held: For each index on the axis, the indices of the whole tensor that are held there, in the order they are held in.
     """
 
     axis: Axis
@@ -30,7 +30,7 @@ class Split:
 
     @classmethod
     def even(cls, axis: Axis, size: int, *, stride: int = 1) -> "Split":
-        """``size`` indices in contiguous chunks, once per block of ``stride`` blocks (see :func:`ranges.chunk`)."""
+        """A cut of ``size`` indices into contiguous chunks, in each of ``stride`` blocks (:func:`.ranges.chunk`)."""
         return cls(axis, tuple(chunk(size, axis.size, i, stride=stride) for i in range(axis.size)))
 
     def within(self, part: Ranges) -> "Split":
@@ -44,12 +44,12 @@ class Split:
 class Layout:
     """A logical tensor of ``shape``, some of whose dims are split over mesh axes.
 
-    Dims are counted from the end (-1, -2, …), so a stack ``(B, m, n)`` of tensors laid out as ``(m, n)`` goes through
-    every method unchanged. With no splits every request is answered by plain torch: one process is no special case.
+    Dims are counted from the end (-1, -2, …), so that every method also takes a stack ``(B, m, n)`` of tensors laid out as
+    ``(m, n)``. Without splits every request is answered by plain torch: one process is no special case.
 
     Attributes:
         shape: Sizes of the whole tensor.
-        splits: Per dim, how it is cut; None where every rank has all of it.
+        splits: Per dim, how it is cut; None for a dim that every rank has all of.
         copies: Mesh axes whose ranks hold the same shard.
         parts: Row indices (dim -2) of each matrix in a fused weight; empty when the tensor is one matrix.
         domain: The ranks that hold a shard or a copy; needed for requests that move shards.
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def long_dim(self) -> int:
-        """The dim that a Gram matrix of the short side contracts; of a square matrix, the one that is split."""
+        """The longer dim, which the Gram matrix of the short side contracts; for a square matrix, the dim that is split."""
         rows, cols = self.shape[-2:]
         return -2 if rows > cols or (rows == cols and self.splits[-2] is not None and self.splits[-1] is None) else -1
 
@@ -106,7 +106,7 @@ class Layout:
         return Layout.whole(self.local_shape, parts=tuple(rows for rows in self._local_rows if rows))
 
     def describe(self) -> str:
-        """``whole``, or like ``dim -2 / tp 2`` for each dim that is split."""
+        """In words: ``whole``, or for each dim that is split something like ``dim -2 / tp 2``."""
         cuts = [f"dim {d} / {s.axis.name} {s.axis.size}" for d, s in zip(self._dims(()), self.splits, strict=True) if s]
         return ", ".join(cuts) or "whole"
 
@@ -115,7 +115,7 @@ class Layout:
     def sum(self, x: Tensor, *dims: int) -> Reduce:
         """Sum of ``x`` over ``dims`` of the whole tensor."""
         over = self._dims(dims)
-        # To torch, no dims means all, the stack's too.
+        # Without dims torch would sum over the stack, too.
         return self._reduce(x.sum(over, keepdim=True) if over else x, "sum", dims)
 
     def amax(self, x: Tensor, *dims: int) -> Reduce:
@@ -137,13 +137,13 @@ class Layout:
         return replace(self._sum_of_squares(x, dims), finish=lambda s: (s / self._count(dims)).sqrt())
 
     def across(self, x: Tensor, *dims: int) -> Reduce:
-        """Sum over the ranks that split ``dims`` of what each computed from its shard; (B, ...), the same shape on all."""
+        """Sum, over the ranks that split ``dims``, of values (B, ...) that each computed from its shard, in one shape on all."""
         return self._reduce(x, "sum", dims)
 
     # Parts of a fused weight, each a matrix of its own.
 
     def split_parts(self, x: Tensor) -> list[tuple[Tensor, "Layout"]]:
-        """This rank's shard of each part, (B, rows, n), with the part's own layout. No copy when there is one part."""
+        """This rank's shard of each part, (B, rows, n), and the layout of that part. Does not copy when there is one part."""
         if not self.parts:
             return [(x, self)]
         out = []
@@ -155,7 +155,7 @@ class Layout:
 
     @cached_property
     def part_layouts(self) -> "tuple[Layout, ...]":
-        """The layout of each matrix that the tensor is made of; itself when it is one matrix."""
+        """The layouts of the matrices that the tensor is made of; this layout when it is one matrix."""
         if not self.parts:
             return (self,)
         rows, cols = self.splits[-2], self.splits[-1]
@@ -170,14 +170,14 @@ class Layout:
             return pieces[0]
         x = pieces[0].new_empty(*pieces[0].shape[:-2], *self.local_shape)
         for piece, rows in zip(pieces, self._local_rows, strict=True):
-            at = 0
+            start = 0
             for lo, hi in rows:
-                x[..., lo:hi, :] = piece[..., at : at + hi - lo, :]
-                at += hi - lo
+                x[..., lo:hi, :] = piece[..., start : start + hi - lo, :]
+                start += hi - lo
         return x
 
     def per_part(self, factor: Callable[[int, int], float], like: Tensor) -> Tensor | float:
-        """``factor(rows, cols)`` of the whole matrix, or of each part: then (local rows, 1) in the dtype of ``like``."""
+        """``factor(rows, cols)`` of the whole matrix; for parts, (local rows, 1) in the dtype of ``like``, by each row's part."""
         if not self.parts:
             return factor(self.shape[-2], self.shape[-1])
         column = like.new_empty(self.local_shape[-2], 1)
@@ -190,7 +190,7 @@ class Layout:
 
     @cached_property
     def placement(self) -> Placement:
-        """Who holds what in :attr:`domain`. A copy reads from the shards that share its position on the copy axes."""
+        """What each rank of :attr:`domain` holds. A rank reads from the shards with its own position on the copy axes."""
         assert self.domain is not None
         split_axes = {axis.name for axis in self.axes}
         positions = [dict(zip(self.domain.axes, coord, strict=True)) for coord in self.domain.coords]
@@ -202,8 +202,8 @@ class Layout:
             for position in positions
         )
         replica = [tuple(i for name, i in position.items() if name not in split_axes) for position in positions]
-        sources = tuple(tuple(s for s, other in enumerate(replica) if other == mine) for mine in replica)
-        # A dim that is not split leaves ranks of one replica with equal boxes: the first of them serves.
+        sources = tuple(tuple(s for s, other in enumerate(replica) if other == own) for own in replica)
+        # A dim that is not split leaves ranks of one replica with equal boxes; only the first of them sends.
         sources = tuple(
             tuple(s for k, s in enumerate(ss) if boxes[s] not in [boxes[q] for q in ss[:k]]) for ss in sources
         )
@@ -211,11 +211,11 @@ class Layout:
 
     @cached_property
     def owners(self) -> tuple[Placement, ...]:
-        """For each rank of the domain, or each team, the placement that has the whole tensor there and nothing elsewhere."""
+        """For each rank, or team, of the domain: the placement with the whole tensor on that rank and nothing elsewhere."""
         assert self.domain is not None
         size, team = self.domain.size, self.domain.team_size
         splits = self.at_owner.splits
-        # What each member of a team holds of each dim.
+        # Indices that each member of a team holds of each dim.
         boxes = [
             tuple(((0, n),) if split is None else split.held[r] for n, split in zip(self.shape, splits, strict=True))
             for r in range(team)
@@ -229,13 +229,13 @@ class Layout:
 
     @property
     def at_owner(self) -> "Layout":
-        """The matrix where it is worked on: whole, or its longer dim cut over this rank's team."""
+        """The layout of the matrix at its owner: whole, or with its longer dim cut over this rank's team."""
         assert self.domain is not None
         return Layout.whole(self.shape) if self.domain.team is None else self._recut_over(self.domain.team)
 
     @cached_property
     def everywhere(self) -> Placement:
-        """The placement that has the whole tensor on every rank."""
+        """The placement with the whole tensor on every rank."""
         assert self.domain is not None
         box = tuple(((0, n),) for n in self.shape)
         size = self.domain.size
@@ -243,7 +243,7 @@ class Layout:
 
     @cached_property
     def recut(self) -> "Layout":
-        """The same matrix with its longer dim cut over the whole domain and the shorter one whole."""
+        """The layout with the longer dim cut over the whole domain and the shorter one whole."""
         assert self.domain is not None
         size = self.domain.size
         axis = Axis("+".join(self.domain.axes), tuple(range(size)), self.domain.index, self.domain.group)
@@ -267,7 +267,7 @@ class Layout:
         return ((0, self.shape[dim]),) if split is None else split.held[split.axis.index]
 
     def _sum_of_squares(self, x: Tensor, dims: tuple[int, ...]) -> Reduce:
-        # Row by row: one pass over x, and no float32 sum of millions of squares in one go, which loses its third digit.
+        # Row by row: this takes one pass over x, and a float32 sum of millions of squares in one go loses its third digit.
         if -1 in self._dims(dims):
             x = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return self.sum(x.square(), *dims)

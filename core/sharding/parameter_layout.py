@@ -1,4 +1,4 @@
-"""Layouts out of what a parameter says of itself: DTensor placements, or Megatron's attributes on a plain tensor."""
+"""The layout of a parameter, from its DTensor placements or from Megatron's attributes on a plain tensor."""
 
 from collections.abc import Sequence
 from math import prod
@@ -18,7 +18,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def is_expert(p: Tensor) -> bool:
-    """Whether ``p`` is sharded and copied over the process groups of experts, by Megatron's attributes."""
+    """Whether Megatron's attributes say that ``p`` is sharded and copied over the process groups of experts."""
     return bool(getattr(p, "expert_tp", False)) or not getattr(p, "allreduce", True)
 
 
@@ -35,8 +35,8 @@ def check_gradient(p: Tensor) -> None:
 def local_gradient(p: Tensor) -> Tensor:
     """This rank's shard of ``p.grad``, laid out as ``p``.
 
-    A DTensor gradient that is placed otherwise (partial sums of sequence parallelism, a vocabulary-parallel embedding's)
-    is redistributed first, in ``p.grad`` too; that may communicate.
+    A DTensor gradient with other placements (partial sums of sequence parallelism or of a vocabulary-parallel embedding) is
+    redistributed first, and ``p.grad`` is replaced; that may communicate.
     """
     g = p.grad
     assert g is not None
@@ -48,14 +48,14 @@ def local_gradient(p: Tensor) -> Tensor:
 def layout_of(
     p: Tensor, groups: ProcessGroupCollection, *, part_sizes: Sequence[int] | None = None, name: str = ""
 ) -> Layout:
-    """Where the parameter ``p`` lives.
+    """The layout of the parameter ``p``.
 
     Args:
         p: A DTensor, or a plain tensor with Megatron's attributes ``tensor_model_parallel``, ``partition_dim``,
             ``partition_stride`` and ``expert_tp``.
-        groups: Process groups that the attributes refer to; its ``dp`` tells which ranks hold copies.
-        part_sizes: Sizes of the row blocks, repeating along dim -2, each of which is a matrix of its own.
-        name: For errors.
+        groups: Process groups that the attributes refer to; the ranks of ``dp`` hold copies.
+        part_sizes: Sizes of the row blocks, repeating along dim -2, that are matrices of their own.
+        name: Name of the parameter in errors.
 
     Raises:
         ValueError: when ``p`` is sharded in a way that no layout describes, or ``part_sizes`` do not fit.
@@ -92,8 +92,8 @@ def _from_attributes(p: Tensor, groups: ProcessGroupCollection, name: str) -> La
     layout = Layout(tuple(size if d == dim else n for d, n in enumerate(p.shape)), splits, copies=(dp,))
     if layout.local_shape != tuple(p.shape):
         raise ValueError(
-            f"{name}: {p.shape[dim]} rows or columns here cannot be {stride} pieces (partition_stride) of a dim that is cut over "
-            f"{tp.size} ranks; pad the dim, or correct partition_stride."
+            f"{name}: {p.shape[dim]} rows or columns on this rank cannot be {stride} pieces (partition_stride) of a dim that is "
+            f"cut over {tp.size} ranks; pad the dim, or correct partition_stride."
         )
     return layout
 
@@ -124,17 +124,17 @@ def _from_dtensor(p: DTensor, groups: ProcessGroupCollection, name: str) -> Layo
 def _split(
     p: DTensor, dim: int, cut: Sequence[tuple[Axis, Placement]], groups: ProcessGroupCollection, name: str
 ) -> Split:
-    """How ``dim`` is cut by the placements ``cut`` on these axes, in mesh order."""
+    """How ``dim`` is cut by the axes and placements in ``cut``, which are in mesh order."""
     if len(cut) == 1 and type(cut[0][1]) is Shard:
         return Split.even(cut[0][0], p.shape[dim])
-    order: list[Axis] = []  # in which the axes cut, each what those before it left
+    order: list[Axis] = []  # the axes in the order in which they cut, each what those before it left
     for axis, placement in reversed(cut):
-        # As FSDP2 marks what it cuts after tensor parallelism: the number of pieces that it found.
+        # FSDP2 marks a dim that was cut before with the number of pieces that it was cut into.
         pieces = placement.split_factor if isinstance(placement, _StridedShard) else 1
-        at = next((k for k in range(len(order) + 1) if prod(one.size for one in order[:k]) == pieces), None)
-        if at is None:
+        place = next((k for k in range(len(order) + 1) if prod(other.size for other in order[:k]) == pieces), None)
+        if place is None:
             raise _no_layout(p, name)
-        order.insert(at, axis)
+        order.insert(place, axis)
     axes = tuple(axis for axis, _ in cut)
     domain = groups.domain(axes)
     sizes = [axis.size for axis in order]
@@ -144,7 +144,7 @@ def _split(
 
 
 def _nested(size: int, counts: Sequence[int], position: Sequence[int]) -> Ranges:
-    """What is left at ``position`` of ``size`` indices that are cut into ``counts[0]`` chunks, each into ``counts[1]``, …"""
+    """The indices at ``position`` when ``size`` indices are cut into ``counts[0]`` chunks, each of them into ``counts[1]``, …"""
     lo, hi = 0, size
     for count, i in zip(counts, position, strict=True):
         ((a, b),) = chunk(hi - lo, count, i) or ((0, 0),)
@@ -155,8 +155,8 @@ def _nested(size: int, counts: Sequence[int], position: Sequence[int]) -> Ranges
 def _no_layout(p: DTensor, name: str) -> ValueError:
     return ValueError(
         f"{name}: a DTensor of shape {tuple(p.shape)} with placements {p.placements} on a mesh of shape "
-        f"{tuple(p.device_mesh.shape)}, of which this rank has {tuple(local(p).shape)}, has no layout here. Replicate and Shard "
-        f"are possible, also several Shards of one dim, as parallelize_module and then fully_shard make them."
+        f"{tuple(p.device_mesh.shape)}, of which this rank has {tuple(local(p).shape)}, has no layout that shardstep knows. "
+        f"Replicate and Shard are possible, also several Shards of one dim, as parallelize_module and then fully_shard make them."
     )
 
 

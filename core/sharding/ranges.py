@@ -8,7 +8,7 @@ Ranges = tuple[Range, ...]
 
 
 class Overlap(NamedTuple):
-    """``length`` indices that two sets share, by their position within each set."""
+    """A run of ``length`` indices that two sets share, by its position within each set."""
 
     left: int
     right: int
@@ -21,7 +21,7 @@ def total(ranges: Ranges) -> int:
 
 
 def merge(ranges: Iterable[Range]) -> Ranges:
-    """The same indices in the same order, without empty ranges and with neighbours joined."""
+    """``ranges`` without empty ones, and with neighbours joined: the same indices in the same order."""
     out: list[Range] = []
     for lo, hi in ranges:
         if lo == hi:
@@ -34,26 +34,26 @@ def merge(ranges: Iterable[Range]) -> Ranges:
 
 
 def overlap(left: Ranges, right: Ranges) -> tuple[Overlap, ...]:
-    """What ``left`` and ``right`` share, in the order of ``left``.
+    """The indices that ``left`` and ``right`` share, in the order of ``left``.
 
     Example: ``overlap(((2, 6),), ((0, 3), (4, 9)))`` is ``(Overlap(0, 2, 1), Overlap(2, 3, 2))``: index 2 is
     the first of ``left`` and the third of ``right``; indices 4 and 5 are the third of ``left``, the fourth of ``right``.
     """
     out: list[Overlap] = []
-    at_left = 0
+    left_start = 0
     for left_lo, left_hi in left:
-        at_right = 0
+        right_start = 0
         for right_lo, right_hi in right:
             lo, hi = max(left_lo, right_lo), min(left_hi, right_hi)
             if lo < hi:
-                out.append(Overlap(at_left + lo - left_lo, at_right + lo - right_lo, hi - lo))
-            at_right += right_hi - right_lo
-        at_left += left_hi - left_lo
+                out.append(Overlap(left_start + lo - left_lo, right_start + lo - right_lo, hi - lo))
+            right_start += right_hi - right_lo
+        left_start += left_hi - left_lo
     return tuple(out)
 
 
 def chunk(size: int, parts: int, index: int, *, stride: int = 1) -> Ranges:
-    """Indices of part ``index`` when ``size`` indices are cut as ``torch.chunk`` does, once in each of ``stride`` blocks.
+    """The indices of part ``index`` when ``size`` indices are cut as ``torch.chunk`` cuts, in each of ``stride`` blocks anew.
 
     ``stride=2`` is Megatron's ``partition_stride`` of a fused gate/up weight: every rank holds a piece of the gate
     and a piece of the up projection.

@@ -1,4 +1,4 @@
-"""All that a rule may ask the engine for, and what a rule is. Pure data: nothing here communicates."""
+"""What a rule is, and all that it may ask the engine for. Pure data: this module does not communicate."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Placement:
 
     Attributes:
         domain: The ranks.
-        boxes: Per rank, the indices it holds of each dim; None for nothing.
-        sources: Per rank that wants some of the tensor, the ranks that together hold one copy of it.
+        boxes: Per rank, the indices that it holds of each dim; None when it holds nothing.
+        sources: Per rank that receives a part of the tensor, the ranks that together hold one copy of it.
     """
 
     domain: Domain
@@ -32,26 +32,31 @@ class Placement:
 
     @cached_property
     def shared(self) -> dict[Any, Any]:
-        """What :mod:`core.engine.exchange` has found out about ways from here, to find it out once."""
+        """Cache of :mod:`core.engine.exchange`: the rectangles that ranks of this placement share with those of others."""
         return {}
 
     @cached_property
     def entries(self) -> tuple[int, ...]:
-        """How many entries each rank holds."""
+        """Number of entries that each rank holds."""
         return tuple(0 if box is None else prod(total(ranges) for ranges in box) for box in self.boxes)
 
     @property
     def local_shape(self) -> tuple[int, ...] | None:
-        """Sizes of what this rank holds, or None."""
+        """Shape of the part that this rank holds; None when it holds nothing."""
         box = self.boxes[self.domain.index]
         return None if box is None else tuple(total(ranges) for ranges in box)
 
 
 @dataclass(frozen=True)
 class Reduce:
-    """Ask for ``finish`` of the reduction of ``x`` over ``groups``. The engine may overwrite ``x``.
+    """Ask for a reduction over process groups.
 
-    ``team`` marks what the ranks of a team ask each other while the others of their domain do not.
+    Attributes:
+        x: This rank's values; the engine may overwrite them.
+        op: ``sum`` or ``max``.
+        groups: The process groups to reduce over, one after the other.
+        finish: Applied to the reduced values; None returns them as they are.
+        team: Whether the ranks of a team ask each other, while the other ranks of their domain do not take part.
     """
 
     x: Tensor
@@ -63,16 +68,18 @@ class Reduce:
 
 @dataclass
 class Move:
-    """Ask for a stack of tensors in another placement; the answer is (B, *local shape), or None where it holds nothing.
+    """Ask for a stack of tensors in another placement.
+
+    The answer is (B, *local shape) in the target placement, or None on a rank that holds nothing there.
 
     Attributes:
-        x: (B, *local shape) of the source placement, or what writes it into a tensor of that shape, once; None where that
-            holds nothing.
-        batch: B.
-        src: Where the tensors are.
-        dst: Where they shall be.
-        dtype: Their dtype.
-        device: Their device.
+        x: (B, *local shape) in the source placement, or a function that writes the stack into a tensor of that shape and is
+            called once; None on a rank that holds nothing. The engine sets it to None when the stack is sent.
+        batch: B, the number of tensors in the stack.
+        src: Placement of the tensors now.
+        dst: Placement to bring them to.
+        dtype: Dtype of the tensors.
+        device: Device of the tensors.
     """
 
     x: "Tensor | Fill | None"
@@ -85,7 +92,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Deal:
-    """Ask which rank of ``domain``, or which team, shall work on each of ``count`` matrices that cost ``cost`` each."""
+    """Ask which rank of ``domain``, or which team, works on each of ``count`` matrices with ``cost`` each: a list of indices."""
 
     domain: Domain
     count: int
@@ -93,6 +100,9 @@ class Deal:
 
 
 Fill = Callable[[Tensor], object]
+"""Writes a stack into the tensor that it is given."""
+
 Request = Reduce | Move | Deal
 Rule = Generator[Any, Any, Any]
-"""Yields requests or other rules, or tuples or lists of them; is sent their answers in the same form; returns a result."""
+"""A generator that yields requests or other rules, or tuples or lists of them, is sent their answers in the same form, and
+returns a result."""

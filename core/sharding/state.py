@@ -1,4 +1,7 @@
-"""State tensors, declared by what they follow, so that allocation, checkpoints and resharding need no code per optimizer."""
+"""State tensors, declared by the dims that they share with their parameter.
+
+Allocation, checkpoints and resharding follow from the declaration and need no code per optimizer.
+"""
 
 from dataclasses import dataclass
 from math import prod
@@ -15,14 +18,14 @@ class StateSpec:
     """How one state tensor relates to its parameter.
 
     Attributes:
-        dims: ``*``: like the parameter. Otherwise a letter per dim: ``i`` and ``j`` follow the parameter's dims -2 and -1
-            and are sharded with them, ``I`` and ``J`` have that dim's whole size on every rank, ``k`` follows the parameter's
-            dim at the same place, ``1`` is a reduced dim, ``r`` one of size ``rank``.
+        dims: ``*`` for a tensor like the parameter. Otherwise a letter per dim: ``i`` and ``j`` follow the parameter's dims -2
+            and -1 and are sharded with them, ``I`` and ``J`` have that dim's whole size on every rank, ``k`` follows the
+            parameter's dim at the same place, ``1`` is a reduced dim of size 1, ``r`` a dim of size ``rank``.
             The empty string is a scalar per parameter.
-        init: What the tensor holds before the first step.
-        dtype: Its dtype; None for the parameter's, but at least float32.
-        narrow: With ``dtype`` None: the parameter's also when that has 16 bits.
-        host: Keep it in host memory, where a step reads it without waiting for the device.
+        init: Values before the first step: zeros or the identity matrix.
+        dtype: Dtype of the state; None for the parameter's, but at least float32.
+        narrow: Whether, with ``dtype`` None, the state has the parameter's dtype even when that has 16 bits.
+        host: Whether the state stays in host memory, where a step reads it without waiting for the device.
         rank: Size of the dims called ``r``.
     """
 
@@ -34,7 +37,7 @@ class StateSpec:
     rank: int = 1
 
     def layout(self, parameter: Layout) -> Layout:
-        """Where the state tensor lives when its parameter lives in ``parameter``."""
+        """The layout of the state tensor of a parameter that is laid out as ``parameter``."""
         if self.dims == "*":
             return Layout(parameter.shape, parameter.splits, parameter.copies)
         sizes = {"1": 1, "r": self.rank}
@@ -49,12 +52,12 @@ class StateSpec:
 
     @property
     def follows(self) -> tuple[int | None, ...]:
-        """For each letter of ``dims``, the dim of the parameter, from the end, that has its size; None for ``1``, ``r``."""
+        """For each letter of ``dims``, the dim of the parameter, from the end, with that size; None for ``1`` and ``r``."""
         size = len(self.dims)
-        return tuple({"i": -2, "j": -1, "k": at - size}.get(c.lower()) for at, c in enumerate(self.dims))
+        return tuple({"i": -2, "j": -1, "k": k - size}.get(c.lower()) for k, c in enumerate(self.dims))
 
     def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
-        """The state's dtype when the parameter has dtype ``parameter``."""
+        """The dtype of the state of a parameter of dtype ``parameter``."""
         return self.dtype or (parameter if self.narrow else torch.promote_types(parameter, torch.float32))
 
     def allocate(self, parameter: Layout, count: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -68,5 +71,5 @@ class StateSpec:
 
 
 def sizes(layout: Layout, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of a tensor: this rank's shard, and the whole."""
+    """Bytes of this rank's shard, and of the whole tensor."""
     return prod(layout.local_shape) * dtype.itemsize, prod(layout.shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""What the benchmark steps: the matrices of a GPT, and every optimizer that is compared, on the same weights and gradients."""
+"""The benchmark's cases: the matrices of a GPT, and all optimizers that are compared, on the same weights and gradients."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ Make = Callable[[Parameters], torch.optim.Optimizer]
 
 
 class Steps(Protocol):
-    """What is timed: an optimizer, or several that a training job steps one after the other."""
+    """An optimizer that is timed, or several that a training job steps one after the other."""
 
     def step(self) -> Any:
         """Take one step with the gradients of the parameters."""
@@ -75,10 +75,10 @@ class Candidate:
     """An optimizer and its parameters, one for each matrix.
 
     Attributes:
-        name: Whose, and the mode.
-        optimizer: What is stepped.
+        name: Name of the project, and the mode.
+        optimizer: The optimizer.
         params: This rank's shards, one for each matrix.
-        adamw_params: The parameters that are no such matrices, where the whole step of a model is taken.
+        adamw_params: The parameters that AdamW updates, when the whole step of a model is taken.
     """
 
     name: str
@@ -88,17 +88,17 @@ class Candidate:
 
     @property
     def exact(self) -> bool:
-        """Whether its step is meant to be that of the whole matrix."""
+        """Whether the step is meant to be that of the whole matrix."""
         return not any(name in self.name for name, mode in TP_MODES.items() if not mode.exact)
 
     @property
     def ours(self) -> bool:
-        """Whether it is this project's."""
+        """Whether the optimizer is this project's."""
         return self.name.startswith(OURS)
 
 
 def tensor_parallel(precision: str, group: ProcessGroup) -> dict[str, Make]:
-    """By name, what makes Megatron-Core's and our TensorParallelMuon of this rank's shards, in each mode.
+    """Name → a function that makes Megatron-Core's or our TensorParallelMuon of this rank's shards, in each mode.
 
     Raises:
         UsageError: when Megatron-Core is not installed.
@@ -114,16 +114,16 @@ def tensor_parallel(precision: str, group: ProcessGroup) -> dict[str, Make]:
         "num_ns_steps": STEPS,
         "scale_mode": TP_SCALE,
     }
-    theirs = partial(megatron, **settings, pg_collection=their_groups)
+    peer = partial(megatron, **settings, pg_collection=their_groups)
     ours: Any = partial(TensorParallelMuon, **settings, pg_collection=ProcessGroupCollection(tp=group))
     return {
-        **{f"{MEGATRON} {mode}": partial(theirs, tp_mode=mode) for mode in ("duplicated", "distributed", "blockwise")},
+        **{f"{MEGATRON} {mode}": partial(peer, tp_mode=mode) for mode in ("duplicated", "distributed", "blockwise")},
         **{f"{OURS} {mode}": partial(ours, tp_mode=mode) for mode in TP_MODES},
     }
 
 
 def single_process(precision: str) -> dict[str, Make]:
-    """The same of torch's, emerging-optimizers' and our Muon of whole matrices. torch's computes in bfloat16 only."""
+    """Name → a function that makes torch's, emerging-optimizers' or our Muon of whole matrices; torch's only for bfloat16."""
     common: Any = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "nesterov": True}
     peer: Any = {"fp32_matmul_prec": precision, "coefficient_type": SINGLE_SET, "scale_mode": SINGLE_SCALE}
     (abc,) = set(coefficients(SINGLE_SET, STEPS))
@@ -140,13 +140,13 @@ def single_process(precision: str) -> dict[str, Make]:
 def candidates(
     makers: Mapping[str, Make], matrices: Sequence[Matrix], group: ProcessGroup | None, only: Sequence[str] = ()
 ) -> list[Candidate]:
-    """A candidate of each maker, with parameters of its own; the gradients are shared.
+    """A candidate of each maker, with parameters of its own and gradients that all candidates share.
 
     Args:
-        makers: By name.
-        matrices: What the parameters are shards of.
+        makers: Name → a function that makes an optimizer of parameters.
+        matrices: The matrices that the parameters are shards of.
         group: The ranks that share the matrices; None for one process.
-        only: Parts of names; makers with none of them in their name are left out.
+        only: Parts of names; makers whose name contains none of them are left out. Empty: all are taken.
     """
     gradients = [shard(m.gradient(), m.cut, group) for m in matrices]
     made = []
@@ -160,7 +160,7 @@ def candidates(
 def parameters(
     matrices: Sequence[Matrix], gradients: Sequence[Tensor], group: ProcessGroup | None, device: str = "cpu"
 ) -> Parameters:
-    """This rank's shards of new weights on ``device``, with these gradients and Megatron's attributes."""
+    """This rank's shards of fresh weights on ``device``, with these gradients and Megatron's attributes."""
     return [
         sharded(shard(m.weight(), m.cut, group).to(device), gradient, m.cut)
         for m, gradient in zip(matrices, gradients, strict=True)
@@ -168,7 +168,7 @@ def parameters(
 
 
 def sharded(weight: Tensor, gradient: Tensor, cut: int | None) -> torch.nn.Parameter:
-    """A parameter with this gradient, and with Megatron's attributes of one that is cut along ``cut``; None for not at all."""
+    """A parameter with this gradient and Megatron's attributes for a cut along dim ``cut``; without attributes for None."""
     p = torch.nn.Parameter(weight)
     p.grad = gradient
     if cut is not None:
@@ -184,7 +184,7 @@ def shard(whole: Tensor, cut: int | None, group: ProcessGroup | None) -> Tensor:
 
 
 def first_update(matrix: Matrix, coefficient_type: str, scale_mode: str) -> Tensor:
-    """(rows, cols) float64: what an unsharded Muon subtracts, times lr, in its first step, decay aside.
+    """(rows, cols) float64: what an unsharded Muon without decay subtracts, over lr, in its first step.
 
     The momentum is then a multiple of the gradient, and the factor does not matter.
     """

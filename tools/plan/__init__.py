@@ -1,1 +1,1 @@
-"""What a step costs on a cluster, predicted."""
+"""Predicts what an optimizer step costs on a cluster."""

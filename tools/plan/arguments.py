@@ -1,4 +1,4 @@
-"""The planner's command line: the model, the cluster and the job that it describes."""
+"""The planner's command line, and the model, the cluster and the job that it describes."""
 
 import argparse
 import math
@@ -18,10 +18,10 @@ OPTIMIZERS = ("muon", "adaptive_muon", "adamw")
 
 SIZES = (
     ("--world-size", 8, "ranks"),
-    ("--tp", 1, "tensor parallel"),
-    ("--pp", 1, "pipeline parallel; what is left of the ranks is data parallel"),
-    ("--ep", 1, "expert parallel"),
-    ("--etp", None, "tensor parallel of experts (default: --tp)"),
+    ("--tp", 1, "tensor-parallel size"),
+    ("--pp", 1, "pipeline-parallel size; the ranks that remain are data parallel"),
+    ("--ep", 1, "expert-parallel size"),
+    ("--etp", None, "tensor-parallel size of experts (default: --tp)"),
     ("--ranks-per-node", 8, "ranks that the intra-node link joins"),
 )
 RATES = (
@@ -30,17 +30,17 @@ RATES = (
     ("--intra-us", 10.0, "microseconds of a collective in a node"),
     ("--inter-us", 20.0, "microseconds of a collective between nodes"),
     ("--tflops", 790.0, "sustained TFLOP/s of bfloat16 products"),
-    ("--tf32-tflops", 395.0, "the same of tf32: --precision high, and Gram matrices at medium"),
-    ("--fp32-tflops", 50.0, "the same of float32: --precision highest"),
+    ("--tf32-tflops", 395.0, "sustained TFLOP/s of tf32 products: --precision high, and Gram matrices at medium"),
+    ("--fp32-tflops", 50.0, "sustained TFLOP/s of float32 products: --precision highest"),
     ("--memory-gbytes", 4300.0, "GB/s of memory"),
 )
 HELP = {
-    "ffn_hidden_size": "of a dense MLP or the shared expert, 0 for none (default: 4 times the width)",
-    "num_query_groups": "(default: the heads)",
-    "kv_channels": "(default: the width over the heads)",
-    "vocab_size": "(default: 50304)",
+    "ffn_hidden_size": "inner width of a dense MLP or the shared expert, 0 for none (default: 4 times the width)",
+    "num_query_groups": "key and value heads (default: the attention heads)",
+    "kv_channels": "width of a head (default: the hidden size over the heads)",
+    "vocab_size": "rows of the embedding (default: 50304)",
     "num_experts": "routed experts of each layer, 0 for none",
-    "moe_ffn_hidden_size": "of one of them",
+    "moe_ffn_hidden_size": "inner width of a routed expert",
 }
 
 
@@ -58,50 +58,58 @@ def parser(description: str) -> argparse.ArgumentParser:
             model.add_argument(_flag(field.name), type=int, metavar="N", help=HELP.get(field.name))
     cluster = made.add_argument_group("cluster; the defaults are an H200's")
     for flag, default, text in SIZES:
-        told = text if default is None else f"{text} (default: {default})"
-        cluster.add_argument(flag, type=int, default=default, metavar="N", help=told)
+        about = text if default is None else f"{text} (default: {default})"
+        cluster.add_argument(flag, type=int, default=default, metavar="N", help=about)
     for flag, rate, text in RATES:
         cluster.add_argument(flag, type=float, default=rate, metavar="X", help=f"{text} (default: {rate:g})")
     job = made.add_argument_group("job")
-    job.add_argument("--optimizer", choices=OPTIMIZERS, default="muon", help="(default: muon)")
-    job.add_argument("--precision", choices=ITEMSIZE, default="medium", help="of Newton-Schulz (default: medium)")
-    job.add_argument("--ns-steps", type=int, default=5, metavar="N", help="its iterations (default: 5)")
-    job.add_argument("--global-batch-size", type=int, default=1024, metavar="N", help="sequences (default: 1024)")
-    job.add_argument("--seq-length", type=int, default=4096, metavar="N", help="tokens of each (default: 4096)")
-    job.add_argument("--mfu", type=float, default=0.4, metavar="X", help="of --tflops in training (default: 0.4)")
+    job.add_argument("--optimizer", choices=OPTIMIZERS, default="muon", help="optimizer (default: muon)")
+    job.add_argument(
+        "--precision", choices=ITEMSIZE, default="medium", help="arithmetic of Newton-Schulz (default: medium)"
+    )
+    job.add_argument("--ns-steps", type=int, default=5, metavar="N", help="Newton-Schulz iterations (default: 5)")
+    job.add_argument(
+        "--global-batch-size", type=int, default=1024, metavar="N", help="sequences of a step (default: 1024)"
+    )
+    job.add_argument("--seq-length", type=int, default=4096, metavar="N", help="tokens of a sequence (default: 4096)")
+    job.add_argument(
+        "--mfu", type=float, default=0.4, metavar="X", help="share of --tflops that training reaches (default: 0.4)"
+    )
     made.add_argument("--plot", type=Path, metavar="FILE", help="draw the cost against the number of ranks")
     made.add_argument("--json", action="store_true", help="print JSON")
-    here = made.add_argument_group("validation, under torchrun")
-    here.add_argument("--validate", action="store_true", help="predict and measure the steps of tools.bench here")
-    here.add_argument("--hidden", type=int, default=512, metavar="N", help="hidden size (default: 512)")
-    here.add_argument("--layers", type=int, default=8, metavar="N", help="layers (default: 8)")
-    here.add_argument("--reps", type=int, default=7, metavar="N", help="timed steps (default: 7)")
+    validation = made.add_argument_group("validation, under torchrun")
+    validation.add_argument(
+        "--validate", action="store_true", help="predict and measure the steps of tools.bench on this machine"
+    )
+    validation.add_argument("--hidden", type=int, default=512, metavar="N", help="hidden size (default: 512)")
+    validation.add_argument("--layers", type=int, default=8, metavar="N", help="layers (default: 8)")
+    validation.add_argument("--reps", type=int, default=7, metavar="N", help="timed steps (default: 7)")
     return made
 
 
 def model_of(options: argparse.Namespace) -> Model:
-    """The preset with what was given beside it, or what was given with the usual sizes for the rest.
+    """The model that the options describe: the preset with the options over it, or the options and the usual sizes for the rest.
 
     Raises:
         UsageError: when a size is missing or out of range.
     """
-    given = {f.name: v for f in fields(Model) if (v := getattr(options, f.name)) is not None}
+    sizes = {f.name: v for f in fields(Model) if (v := getattr(options, f.name)) is not None}
     may_be_zero = ("num_experts", "ffn_hidden_size")
-    check_range(options, [name for name in given if name not in ("swiglu", *may_be_zero)])
-    check_range(options, [name for name in may_be_zero if name in given], least=0)
+    check_range(options, [name for name in sizes if name not in ("swiglu", *may_be_zero)])
+    check_range(options, [name for name in may_be_zero if name in sizes], least=0)
     if options.preset:
-        model = replace(PRESETS[options.preset], **given)
+        model = replace(PRESETS[options.preset], **sizes)
     else:
         for name in ("hidden_size", "num_layers", "num_attention_heads"):
-            if name not in given:
+            if name not in sizes:
                 raise UsageError(_flag(name), None, "is missing", hint=f"or --preset {'|'.join(PRESETS)}")
         h, heads = options.hidden_size, options.num_attention_heads
-        if "kv_channels" not in given and h % heads:
+        if "kv_channels" not in sizes and h % heads:
             raise UsageError(
                 "--num-attention-heads", heads, f"does not divide --hidden-size {h}", hint="give --kv-channels"
             )
         usual = {"ffn_hidden_size": 4 * h, "num_query_groups": heads, "kv_channels": h // heads, "vocab_size": 50304}
-        model = Model(**{**usual, "swiglu": False, **given})
+        model = Model(**{**usual, "swiglu": False, **sizes})
     if model.num_experts and not model.moe_ffn_hidden_size:
         raise UsageError("--moe-ffn-hidden-size", None, "is missing", hint="experts need it")
     if model.num_experts and model.moe_router_topk > model.num_experts:
@@ -111,7 +119,7 @@ def model_of(options: argparse.Namespace) -> Model:
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
-    """The cluster, with the rates that ``--precision`` computes at.
+    """The cluster that the options describe, with the rates of products at ``--precision``.
 
     Raises:
         UsageError: when a number is out of range.

@@ -32,26 +32,26 @@ ADAM_TRAFFIC = 28.0
 """Bytes that AdamW reads (parameter, gradient, two moments) and writes for each entry in one pass."""
 
 STATE = {"muon": 4, "adaptive_muon": 8, "adamw": 8}
-"""Bytes of state for each entry of a matrix; float32."""
+"""Bytes of float32 state for each entry of a matrix."""
 
 LARGEST = 16384
-"""Ranks up to which the plot goes."""
+"""Largest number of ranks in the plot."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to take the step; of the busiest rank.
+    """The busiest rank's cost of one way to take the step.
 
     Attributes:
-        mode: Its name.
+        mode: Name of the mode or of the peer.
         exact: Whether it is the step of the whole matrices.
-        ms: Of the step.
-        compute_ms: Of products and memory traffic.
-        communication_ms: Of collectives, also of those that pass while the rank computes.
-        received_mb: Through its links.
-        collectives: Their number.
-        temporary_mb: Memory during the step.
-        state_mb: Memory between steps.
+        ms: Milliseconds of the step.
+        compute_ms: Milliseconds of products and memory traffic.
+        communication_ms: Milliseconds of collectives, including those that pass while the rank computes.
+        received_mb: Megabytes that the rank receives.
+        collectives: Number of collectives.
+        temporary_mb: Megabytes of memory during the step.
+        state_mb: Megabytes of memory between steps.
         share: Percent of the time of a whole training step.
     """
 
@@ -68,15 +68,15 @@ class Row:
 
 
 def plan(model: Model, cluster: Cluster, options: argparse.Namespace) -> tuple[list[Row], str]:
-    """A row for each mode and peer, and what is recommended, in words."""
-    here = parts(model, cluster, ITEMSIZE[options.precision])
-    in_matrices = sum(some.count * some.entries / some.tp for _, matrices in here for some in matrices)
+    """A row for each mode and peer, and the recommendation in words."""
+    held = parts(model, cluster, ITEMSIZE[options.precision])
+    in_matrices = sum(kind.count * kind.entries / kind.tp for _, matrices in held for kind in matrices)
     others = other_parameters(model, cluster)
     if options.optimizer == "adamw":
         ways, words = {"elementwise": Cost()}, "adamw has no modes: every rank updates its shards alone."
     else:
-        ways = _ways(here, options)
-        words = _recommendation(ways, here, options.ns_steps)
+        ways = _ways(held, options)
+        words = _recommendation(ways, held, options.ns_steps)
     adam = others + (in_matrices if options.optimizer == "adamw" else 0)
     adam_seconds = adam * ADAM_TRAFFIC / cluster.memory
     state = STATE[options.optimizer] * in_matrices + STATE["adamw"] * others
@@ -88,17 +88,17 @@ def plan(model: Model, cluster: Cluster, options: argparse.Namespace) -> tuple[l
     return rows, words
 
 
-def _ways(here: Sequence[Part], options: argparse.Namespace) -> dict[str, Cost]:
-    """By name, the matrices' step in each mode and of each peer."""
+def _ways(held: Sequence[Part], options: argparse.Namespace) -> dict[str, Cost]:
+    """The cost of the matrices' step in each mode and by each peer, by name."""
     adaptive = options.optimizer == "adaptive_muon"
     state = ADAPTIVE_TRAFFIC if adaptive else 0.0
     ways: dict[str, Cost] = {
-        mode: sum((predict(mode, some, at, iterations=options.ns_steps, state=state) for at, some in here), Cost())
+        mode: sum((predict(mode, kinds, at, iterations=options.ns_steps, state=state) for at, kinds in held), Cost())
         for mode in COSTS
     }
-    # Its adaptive Muon does not run on the library's release.
+    # Megatron-Core's adaptive Muon does not run on the release of emerging-optimizers that is compared.
     for peer in () if adaptive else PEERS:
-        ways[peer] = sum((predict_peer(peer, some, at, iterations=options.ns_steps) for at, some in here), Cost())
+        ways[peer] = sum((predict_peer(peer, kinds, at, iterations=options.ns_steps) for at, kinds in held), Cost())
     return ways
 
 
@@ -117,13 +117,13 @@ def _row(name: str, cost: Cost, state: float, training: float) -> Row:
     )
 
 
-def _recommendation(ways: dict[str, Cost], here: Sequence[Part], iterations: int) -> str:
+def _recommendation(ways: dict[str, Cost], held: Sequence[Part], iterations: int) -> str:
     best = min(exact_costs(), key=lambda mode: ways[mode].seconds)
     shapes: dict[str, dict[str, None]] = {}
     seconds = 0.0
-    for machine, matrices in here:
-        for some, (mode, cost) in zip(matrices, choose(matrices, machine, iterations=iterations), strict=True):
-            shapes.setdefault(mode, {})[f"{some.rows} x {some.cols}"] = None
+    for machine, matrices in held:
+        for kind, (mode, cost) in zip(matrices, choose(matrices, machine, iterations=iterations), strict=True):
+            shapes.setdefault(mode, {})[f"{kind.rows} x {kind.cols}"] = None
             seconds += cost.seconds
     by_matrix = "; ".join(f"{mode} for {', '.join(names)}" for mode, names in shapes.items())
     words = f"recommended: {best}. Matrix by matrix (auto): {by_matrix}: {_number(1e3 * seconds)} ms for the matrices."
@@ -133,7 +133,7 @@ def _recommendation(ways: dict[str, Cost], here: Sequence[Part], iterations: int
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines for a terminal."""
+    """The table as lines for a terminal."""
     head = ("mode", "ms", "compute ms", "comm ms", "MB received", "collectives", "temp MB", "state MB", "% of step")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
@@ -149,14 +149,14 @@ def _number(value: float) -> str:
 
 
 def curves(model: Model, cluster: Cluster, options: argparse.Namespace) -> dict[str, list[tuple[int, float]]]:
-    """By mode, ranks and milliseconds: from one copy of the model, doubled up to :data:`LARGEST` ranks."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    """For each mode, pairs of ranks and milliseconds: from one copy of the model, doubled up to :data:`LARGEST` ranks."""
+    points: dict[str, list[tuple[int, float]]] = {}
     ranks = cluster.smallest(experts=model.num_experts > 0)
     while ranks <= LARGEST:
         for row in plan(model, replace(cluster, world_size=ranks), options)[0]:
-            found.setdefault(row.mode, []).append((ranks, row.ms))
+            points.setdefault(row.mode, []).append((ranks, row.ms))
         ranks *= 2
-    return found
+    return points
 
 
 def _title(model: Model, cluster: Cluster, options: argparse.Namespace) -> str:

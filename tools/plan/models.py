@@ -50,7 +50,7 @@ class Model:
 
     @property
     def expert(self) -> list[tuple[int, int, bool]]:
-        """The same of one expert."""
+        """Rows and columns of one expert's matrices, and whether rows are cut."""
         if not self.num_experts:
             return []
         f, gates = self.moe_ffn_hidden_size, 2 if self.swiglu else 1
@@ -58,12 +58,12 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Of all matrices, embedding and output layer."""
+        """Number of parameters in all matrices, the embedding and the output layer."""
         return self._count(self.num_experts)
 
     @property
     def active(self) -> int:
-        """Those that a token meets, the embedding aside."""
+        """Number of parameters that a token meets, without the embedding."""
         return self._count(self.moe_router_topk) - self.vocab_size * self.hidden_size
 
     def _count(self, experts: int) -> int:
@@ -88,20 +88,20 @@ and grouped attention."""
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks and what joins them. Megatron's order: tensor parallel ranks are neighbours, pipeline stages are far apart.
+    """Ranks and the links between them, in Megatron's order: tensor-parallel ranks are neighbours, pipeline stages far apart.
 
     Attributes:
-        world_size: Ranks.
-        tp: Tensor parallel.
-        pp: Pipeline parallel.
-        ep: Expert parallel.
-        etp: Tensor parallel of experts.
-        ranks_per_node: Ranks that the intra-node link joins.
+        world_size: Number of ranks.
+        tp: Tensor-parallel size.
+        pp: Pipeline-parallel size.
+        ep: Expert-parallel size.
+        etp: Tensor-parallel size of experts.
+        ranks_per_node: Number of ranks that the intra-node link joins.
         intra: Link in a node.
         inter: Link between nodes.
         flops: Operations a second of products in the dtype that matrices travel in.
-        gram_flops: The same of float32 Gram matrices.
-        memory: Bytes a second.
+        gram_flops: Operations a second of products for float32 Gram matrices.
+        memory: Bytes a second of memory.
     """
 
     world_size: int
@@ -118,29 +118,30 @@ class Cluster:
 
     @property
     def dp(self) -> int:
-        """Ranks that hold the same shard of what is outside of experts."""
+        """Number of ranks that hold the same shard of a parameter outside of experts."""
         return self.world_size // (self.tp * self.pp)
 
     @property
     def expert_dp(self) -> int:
-        """Ranks that hold the same shard of an expert."""
+        """Number of ranks that hold the same shard of an expert."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
     def smallest(self, *, experts: bool) -> int:
-        """Ranks that hold the model once, a multiple of what its experts take."""
+        """The least number of ranks that the model fits: one copy of it, and a multiple of what its experts take."""
         return self.pp * (lcm(self.tp, self.etp * self.ep) if experts else self.tp)
 
     def machine(self, tp: int, joint: int) -> Machine:
-        """One rank, of ``tp`` neighbours that split a matrix and of ranks that span ``joint`` neighbours with its copies."""
+        """One rank's rates, when ``tp`` neighbours split a matrix and ``joint`` neighbours span all of its copies."""
         near, far = (self.intra if span <= self.ranks_per_node else self.inter for span in (tp, joint))
         return Machine(self.flops, self.memory, near, self.gram_flops, far)
 
 
 Part = tuple[Machine, list[Matrices]]
+"""Kinds of matrices that live on the same ranks, and the rates of such a rank."""
 
 
 def parts(model: Model, cluster: Cluster, itemsize: int) -> list[Part]:
-    """The matrices of a rank of the fullest pipeline stage, outside of experts and in them, with what they travel over."""
+    """The matrices of a rank on the fullest pipeline stage: those outside of experts, then those of experts."""
     layers = ceil(model.num_layers / cluster.pp)
     stage = cluster.world_size // cluster.pp
     made = [
@@ -164,7 +165,7 @@ def _matrices(count: int, matrix: tuple[int, int, bool], tp: int, copies: int, i
 
 
 def other_parameters(model: Model, cluster: Cluster) -> float:
-    """Entries on a rank that AdamW updates: embedding and output layer, which lie on different stages, and routers."""
+    """Number of entries on a rank that AdamW updates: embedding or output layer, which lie on different stages, and routers."""
     tables = 2 if cluster.pp == 1 else 1
     routers = ceil(model.num_layers / cluster.pp) * model.num_experts * model.hidden_size
     return tables * model.vocab_size * model.hidden_size / cluster.tp + routers
@@ -178,8 +179,8 @@ def check(model: Model, cluster: Cluster) -> None:
         cuts += [("--etp", cluster.etp, "moe_ffn_hidden_size")]
     for flag, size, name in cuts:
         if (value := getattr(model, name)) % size:
-            given = f"--{name.replace('_', '-')} {value}"
-            raise UsageError(flag, size, f"does not divide {given}", possible=_divisors(value))
+            option = f"--{name.replace('_', '-')} {value}"
+            raise UsageError(flag, size, f"does not divide {option}", possible=_divisors(value))
     if cluster.pp > model.num_layers:
         raise UsageError(
             "--pp", cluster.pp, "stages need a layer each", possible=f"1 to --num-layers {model.num_layers}"

@@ -1,7 +1,7 @@
 """Compares the cost model with the benchmark's steps on this machine, in CPU seconds of the slowest rank.
 
-Ranks on one host share its processors, so that the clock on the wall counts how they share and a model of one rank cannot tell;
-the processor's time can be compared. In it nothing overlaps: compute and communication are added.
+Ranks on one host share its processors. Wall-clock time depends on how they share, which a model of one rank cannot know; so CPU
+time is compared. Nothing overlaps in it: compute and communication are added.
 """
 
 import os
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def place() -> tuple[int, int]:
-    """This rank and the number of ranks, of torch.distributed or of the launcher."""
+    """This rank and the number of ranks, as torch.distributed or the launcher has them."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     launch = Launch.from_environ(os.environ)
@@ -36,14 +36,14 @@ def place() -> tuple[int, int]:
 
 
 def validate(hidden: int, layers: int, precision: str, reps: int, ranks: int) -> list[str]:
-    """Lines to print, on the first rank; none on the others. Starts gloo under torchrun where nobody has.
+    """The comparison as lines to print, on the first rank; no lines on the others. Starts gloo unless torch.distributed runs.
 
     Args:
         hidden: Hidden size of the benchmark's GPT.
-        layers: Its layers.
-        precision: Of Newton-Schulz.
-        reps: Timed steps of each mode.
-        ranks: That run this.
+        layers: Number of its layers.
+        precision: Arithmetic of Newton-Schulz.
+        reps: Number of timed steps of each mode.
+        ranks: Number of ranks that run this.
 
     Raises:
         UsageError: when there is one rank only, or the hidden size cannot be cut.
@@ -82,12 +82,12 @@ def _compare(hidden: int, layers: int, precision: str, reps: int) -> list[str]:
     for candidate in ours:
         assert isinstance(candidate.optimizer, torch.optim.Optimizer)
         for p in candidate.params:
-            # As after many steps. While its norm still grows, CPU compiles bfloat16 products for every new one.
+            # As after many steps: while the momentum's norm still grows, CPU compiles bfloat16 products for each new scale.
             candidate.optimizer.state[p]["momentum_buffer"].copy_(p.grad)
     measured = {
         result.name.split()[-1]: statistics.median(result.cpu) for result in measure(ours, benchmark, reps, group)
     }
-    # Nobody leaves while another still hears from it.
+    # No rank leaves while another one still waits for its messages.
     dist.barrier(group)
     if dist.get_rank():
         return []
@@ -115,14 +115,14 @@ def _rows(matrices: Sequence[Matrices], machine: Machine, measured: dict[str, fl
     head = ("mode", "predicted CPU s", "measured", "off by", "predicted / owner", "measured / owner", "off by")
     rows: list[tuple[str, ...]] = [head]
     for mode in _compared():
-        said, took = predicted[mode], measured[mode]
-        ratios = said / predicted["owner"], took / measured["owner"]
+        expected, took = predicted[mode], measured[mode]
+        ratios = expected / predicted["owner"], took / measured["owner"]
         rows.append(
             (
                 mode,
-                f"{said:.3f}",
+                f"{expected:.3f}",
                 f"{took:.3f}",
-                f"{said / took - 1:+.0%}",
+                f"{expected / took - 1:+.0%}",
                 *(f"{ratio:.2f}" for ratio in ratios),
                 f"{ratios[0] / ratios[1] - 1:+.0%}",
             )

@@ -238,7 +238,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
                 dtype=self._travels_in(params[0]),
                 precision=self.fp32_matmul_prec,
                 iterations=self.num_ns_steps,
-                given=self.auto_rates,
+                rates=self.auto_rates,
             )
         return self._chosen[lay]
 
