@@ -21,7 +21,7 @@ class Axis:
         name: ``tp``, ``dp``, ``pp``, …
         ranks: Global ranks along the axis, in axis order.
         index: This rank's position on the axis.
-        group: Its process group; None stands for a single rank.
+        group: Process group of the axis; None stands for a single rank.
         joins: The mesh axes that it joins, when a dim is cut over several; empty for an axis of the mesh itself.
     """
 

@@ -22,7 +22,7 @@ def choose(
         matrices: Kinds of matrices.
         machine: The rates of one rank.
         iterations: Number of Newton-Schulz iterations.
-        wave: As in :func:`.model.predict`.
+        wave: Entries of a wave, as :func:`.model.predict` takes them.
 
     Returns:
         For each entry, a name in :data:`.model.COSTS` and the entry's share, by work, of that mode's :func:`.model.predict`;

@@ -293,7 +293,7 @@ def team_size(matrices: Sequence[Matrices], machine: Machine, *, iterations: int
         matrices: Kinds of matrices that live on the same ranks; at least one.
         machine: The rates of one rank.
         iterations: Number of Newton-Schulz iterations.
-        wave: As in :func:`predict`.
+        wave: Entries of a wave, as :func:`predict` takes them.
 
     Returns:
         At least 2. All ranks where their number is odd; 1 where there is only one.

@@ -51,7 +51,7 @@ def _all_to_all(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
 
 
 def _all_gather(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
-    """As :func:`_all_to_all`, for targets that are the same on every rank: each rank sends its pieces once.
+    """Start one all-gather, for targets that are the same on every rank: each rank sends its pieces once.
 
     What a rank sends is padded to the length of the longest.
     """

@@ -34,7 +34,7 @@ class Split:
         return cls(axis, tuple(chunk(size, axis.size, i, stride=stride) for i in range(axis.size)))
 
     def within(self, part: Ranges) -> "Split":
-        """The same cut of the indices in ``part`` alone, counted within ``part``."""
+        """This cut of the indices in ``part`` alone, counted within ``part``."""
         return replace(
             self, held=tuple(merge((o.right, o.right + o.length) for o in overlap(h, part)) for h in self.held)
         )
