@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
+from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
 from core.optimizer.optimizer_config import OptimizerConfig
+from core.optimizer.registry import entry_of
 from tests.test_layouts import VARIANTS
 
 NAMES = list_optimizers()
@@ -51,10 +52,10 @@ def test_zero_gradients_leave_no_nan(name, kwargs, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shape_is_served_or_refused_at_construction_by_name(name):
-    cls: Any = _entry(name).optimizer_cls
+    cls: Any = entry_of(name).optimizer_cls
     for shape in ((), (5,), (4, 3, 2), (8, 4, 3, 3)):
         p = nn.Parameter(torch.ones(shape))
-        if _entry(name).default_param_overrides:
+        if entry_of(name).default_param_overrides:
             with pytest.raises(ValueError, match="odd"):
                 cls([("odd", p)], lr=0.1)
         else:

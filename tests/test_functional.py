@@ -142,7 +142,7 @@ def test_a_registered_builder_is_used_and_a_missing_stage_local_step_named(monke
     with pytest.raises(ValueError, match="'minetoo' is already registered"):
         register_optimizer("minetoo")(MineBuilder)
     config = OptimizerConfig(optimizer="minetoo", lr=LR)
-    assert get_optimizer(config, [nn.Linear(4, 4)]).members.keys() == {"minetoo", "adamw"}
+    assert get_optimizer(config, [nn.Linear(4, 4)]).members.keys() == {"minetoo"}  # Lion takes any shape
     params = weights()
     tx = make_transformation(config, schedule)
     state = tx.init(params)

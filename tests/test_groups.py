@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
+from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
 from core.optimizer.memory import memory_report
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
+from core.optimizer.registry import entry_of
 from core.optimizer.steps.torch_class import on_whole_tensors
 from core.process_groups_config import ProcessGroupCollection
 
@@ -23,7 +24,7 @@ def weight(seed: int = 0) -> nn.Parameter:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_group_that_is_added_later_is_like_the_others(name):
-    cls: Any = _entry(name).optimizer_cls
+    cls: Any = entry_of(name).optimizer_cls
     together, apart = [weight(0), weight(1)], [weight(0), weight(1)]
     one = cls([("a", together[0]), ("b", together[1])], lr=0.01)
     two = cls([("a", apart[0])], lr=0.01)
@@ -39,7 +40,7 @@ def test_a_group_that_is_added_later_is_like_the_others(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_and_pickles_are_refused_with_a_way_out(name):
-    optimizer = _entry(name).optimizer_cls([weight()], lr=0.01)
+    optimizer = entry_of(name).optimizer_cls([weight()], lr=0.01)
     for how in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="load_state_dict"):
             how(optimizer)
@@ -62,12 +63,12 @@ def test_copies_and_pickles_are_refused_with_a_way_out(name):
 )
 def test_settings_of_a_group_are_checked(name, settings, match):
     with pytest.raises(ValueError, match=match):
-        _entry(name).optimizer_cls([{"params": [weight()], **settings}], lr=0.01)
+        entry_of(name).optimizer_cls([{"params": [weight()], **settings}], lr=0.01)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("apollo", (2, 12)), ("muon", (5,)), ("shampoo", (5,)), ("scion", (5,))])
 def test_a_group_that_is_refused_leaves_nothing_behind(name, shape):
-    cls: Any = _entry(name).optimizer_cls
+    cls: Any = entry_of(name).optimizer_cls
     optimizer = cls([("a", weight())], lr=0.1, **({"rank": 3} if name == "apollo" else {}))
     odd = nn.Parameter(torch.ones(shape))
     with pytest.raises(ValueError, match="odd"):
@@ -83,7 +84,7 @@ def test_state_of_torchs_own_class_loads():
     theirs.step()
     with torch.no_grad():
         q.copy_(p)
-    ours: Any = _entry("adamw").optimizer_cls([q], lr=0.5)
+    ours: Any = entry_of("adamw").optimizer_cls([q], lr=0.5)
     ours.load_state_dict(theirs.state_dict())
     theirs.step()
     ours.step()
@@ -91,7 +92,7 @@ def test_state_of_torchs_own_class_loads():
 
 
 def test_a_step_that_is_a_number_loads():
-    ours: Any = _entry("adamw").optimizer_cls([weight()], lr=0.5)
+    ours: Any = entry_of("adamw").optimizer_cls([weight()], lr=0.5)
     saved = copy.deepcopy(ours.state_dict())
     saved["state"][0]["step"] = 7
     ours.load_state_dict(saved)
@@ -101,7 +102,7 @@ def test_a_step_that_is_a_number_loads():
 @pytest.mark.parametrize("name", ["lamb", "mars", "hn_adam", "adafactor", "came", "muon"])
 def test_a_model_may_change_its_dtype(name):
     model = nn.Sequential(nn.Linear(12, 8, bias=False))
-    optimizer = _entry(name).optimizer_cls(list(model.named_parameters()), lr=0.01)
+    optimizer = entry_of(name).optimizer_cls(list(model.named_parameters()), lr=0.01)
     model.double()
     model[0].weight.grad = torch.ones(8, 12, dtype=torch.float64)
     optimizer.step()
@@ -146,7 +147,7 @@ def test_a_gradient_that_is_not_a_number_shows(name):
     if name in ("lion", "eo_lion", "sophia"):
         pytest.skip("takes signs or clamps, of which NaN has none: says so in its docstring")
     p = weight()
-    optimizer = _entry(name).optimizer_cls([p], lr=0.01)
+    optimizer = entry_of(name).optimizer_cls([p], lr=0.01)
     for _ in range(3):
         p.grad = torch.full((8, 12), torch.nan)
         optimizer.step()
@@ -183,7 +184,7 @@ def test_an_owner_that_fails_leaves_nobody_waiting(world, monkeypatch):
     groups = ProcessGroupCollection.from_mesh(world.mesh((2,), ("tp",)))
     p = nn.Parameter(torch.ones(4, 6))
     p.tensor_model_parallel, p.partition_dim = True, 0
-    optimizer = _entry("shampoo").optimizer_cls([("w", p)], lr=0.1, pg_collection=groups)
+    optimizer = entry_of("shampoo").optimizer_cls([("w", p)], lr=0.1, pg_collection=groups)
     p.grad = torch.ones(4, 6)
 
     def fail(*_: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from core.optimizer.emerging_optimizers import _entry, list_optimizers
+from core.optimizer.emerging_optimizers import list_optimizers
+from core.optimizer.registry import entry_of
 from tests.support.sharding import CUTS, REQUIRED, sharded, unsharded
 
 STEPS = 10
@@ -54,7 +55,7 @@ def cases(size: int) -> list[Any]:
     found: list[tuple[str, str, dict[str, Any]]] = []
     long: list[tuple[str, str, dict[str, Any]]] = []
     for name in list_optimizers():
-        entry = _entry(name)
+        entry = entry_of(name)
         cls: Any = entry.optimizer_cls
         any_shape = not entry.default_param_overrides
         matrices = [cut for cut in CUTS[size] if not cut.startswith("any shape")]
@@ -81,7 +82,7 @@ cached: dict[Any, list[torch.Tensor]] = {}
 
 
 def check(world: Any, cut_name: str, name: str, kwargs: dict[str, Any]) -> None:
-    cut, cls = CUTS[world.size][cut_name], _entry(name).optimizer_cls
+    cut, cls = CUTS[world.size][cut_name], entry_of(name).optimizer_cls
     only_float32 = getattr(cls, "float32_only", False)
     if only_float32:
         cut = replace(cut, dtype=torch.float32)
@@ -110,6 +111,6 @@ def test_layout_does_not_change_training_on_4_ranks(world, cut, name, kwargs):
 
 @pytest.mark.parametrize("name", list_optimizers())
 def test_an_optimizer_says_what_it_asks_of_other_ranks(name):
-    cls: Any = _entry(name).optimizer_cls
+    cls: Any = entry_of(name).optimizer_cls
     assert cls.kind in ("elementwise", "reducing", "matrix")
     assert bool(cls.modes) == ("tp_mode" in signature(cls).parameters)

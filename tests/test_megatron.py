@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
 def test_every_setting_has_a_flag(parser, capsys):
     from core.megatron.flags import add_arguments
-    from core.optimizer.emerging_optimizers import all_settings, list_optimizers
+    from core.optimizer.registry import all_settings, list_optimizers
 
     add_arguments(parser)
     args = parser.parse_args(["--optimizer", "shardstep_soap", "--soap-eps", "0.01", "--lion-betas", "0.9", "0.98"])

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.optimizer.emerging_optimizers import OptimizerConfig, _entry, get_optimizer, list_optimizers
+from core.optimizer.emerging_optimizers import OptimizerConfig, get_optimizer, list_optimizers
 from core.optimizer.memory import memory_report
+from core.optimizer.registry import entry_of
 from core.optimizer.steps.whole_tensor import WholeStep
 from tests.support.sharding import CUTS, sharded_optimizer
 
@@ -39,12 +40,12 @@ def test_an_optimizer_that_declares_nothing_is_refused():
 @pytest.mark.parametrize("name", list_optimizers())
 @pytest.mark.parametrize("cut", ["rows", "tp rows, dp columns"])
 def test_a_rank_keeps_what_is_declared_of_its_shards(world, name, cut):
-    dtype = torch.float32 if getattr(_entry(name).optimizer_cls, "float32_only", False) else torch.float64
+    dtype = torch.float32 if getattr(entry_of(name).optimizer_cls, "float32_only", False) else torch.float64
     whole = replace(CUTS[4][cut], dtype=dtype)
     optimizer = sharded_optimizer(name, whole, world)
     report = memory_report(optimizer)
     assert report.measured == report.predicted
-    if not issubclass(_entry(name).optimizer_cls, WholeStep):
+    if not issubclass(entry_of(name).optimizer_cls, WholeStep):
         return
     report = memory_report(sharded_optimizer(name, whole, world, tp_mode="owner"))
     everyone = [None] * 4

@@ -13,8 +13,9 @@ from emerging_optimizers.utils import SinkhornMapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
+from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
 from core.optimizer.optimizer_config import OptimizerConfig
+from core.optimizer.registry import entry_of
 from core.optimizer.rules.emerging_library import LIBRARY
 from core.optimizer.steps.torch_class import noise_seed, on_whole_tensors
 
@@ -76,7 +77,7 @@ def steps(optimizer: Optimizer, params: list[nn.Parameter], start: int = 0, stop
 
 def ours(name: str, wholes: list[Tensor], **kwargs: Any) -> tuple[Any, list[nn.Parameter]]:
     params = [nn.Parameter(w.clone()) for w in wholes]
-    return _entry(name).optimizer_cls([(f"weight{i}", p) for i, p in enumerate(params)], **kwargs), params
+    return entry_of(name).optimizer_cls([(f"weight{i}", p) for i, p in enumerate(params)], **kwargs), params
 
 
 def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
@@ -136,7 +137,7 @@ def test_resumed_runs_go_on_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("laprop", "eo_lion")])
 def test_what_a_class_cannot_take_is_refused_by_name(name):
-    cls = _entry(name).optimizer_cls
+    cls = entry_of(name).optimizer_cls
     with pytest.raises(ValueError, match=r"bias.*works on matrices"):
         cls([("bias", nn.Parameter(torch.ones(8)))], lr=0.1)
     if cls.float32_only:

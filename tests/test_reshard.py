@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from core.checkpoint import CheckpointError, load, save
-from core.optimizer.emerging_optimizers import _entry, list_optimizers
+from core.optimizer.emerging_optimizers import list_optimizers
+from core.optimizer.registry import entry_of
 from tests.support.processes import on_ranks
 from tests.support.small_run import Cut, Run, differing, read_plainly
 from tests.test_layouts import VARIANTS
@@ -71,7 +72,7 @@ BLOCKWISE = settings_of("adaptive_muon", moment2_method="normuon") | {"muon_tp_m
 
 
 def make(world: Any, cut: str, settings: Mapping[str, Any], weights: str = "") -> Run:
-    only_float32 = getattr(_entry(settings["optimizer"]).optimizer_cls, "float32_only", False)
+    only_float32 = getattr(entry_of(settings["optimizer"]).optimizer_cls, "float32_only", False)
     dtype = torch.float32 if only_float32 else torch.float64
     return Run(world, CUTS[cut], {"dtype": dtype} | settings, weights=weights)
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from core.checkpoint import load, save
-from core.optimizer.emerging_optimizers import _entry, list_optimizers
+from core.optimizer.emerging_optimizers import list_optimizers
+from core.optimizer.registry import entry_of
 from tests.support.sharding import (
     ANY_SHAPE,
     CUTS,
@@ -71,13 +72,13 @@ def go_on(name: str, cut: Any, world: Any, path: Path, steps: range, kwargs: dic
 def test_another_layout_goes_on(world, tmp_path, name, kwargs):
     folder: list[Any] = [str(tmp_path)]
     dist.broadcast_object_list(folder)
-    only_float32 = getattr(_entry(name).optimizer_cls, "float32_only", False)
-    any_shape = not _entry(name).default_param_overrides
+    only_float32 = getattr(entry_of(name).optimizer_cls, "float32_only", False)
+    any_shape = not entry_of(name).default_param_overrides
     dtype = torch.float32 if only_float32 else torch.float64
     cuts = [replace(CUTS[4][cut], dtype=dtype) for cut in (BEFORE, AFTER)]
     if any_shape:
         cuts = [replace(cut, shapes=(*cut.shapes, *ANY_SHAPE["shapes"])) for cut in cuts]
-    modes = _entry(name).optimizer_cls.modes
+    modes = entry_of(name).optimizer_cls.modes
     settings = [kwargs | ({"tp_mode": mode} if modes else {}) for mode in (modes or ("",) * 2)[-2:]]
     go_on(name, cuts[0], world, Path(folder[0]), range(HALF), settings[0])
     got = go_on(name, cuts[1], world, Path(folder[0]), range(HALF, 2 * HALF), settings[1])

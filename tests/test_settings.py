@@ -13,9 +13,10 @@ import torch
 from emerging_optimizers.orthogonalized_optimizers import MOP, MuonHyperball
 from torch import nn
 
-from core.optimizer import emerging_optimizers as registry
-from core.optimizer.emerging_optimizers import EmergingOptimizerEntry, get_optimizer, list_optimizers, settings_of
+from core.optimizer import registry
+from core.optimizer.emerging_optimizers import EmergingOptimizerEntry, get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
+from core.optimizer.registry import list_optimizers, settings_of
 from core.optimizer.steps.constructor_settings import DTYPES, Setting, constructor_arguments, settings
 from core.process_groups_config import ProcessGroupCollection
 
@@ -165,7 +166,7 @@ def test_optimizers_that_share_a_setting_agree_about_it():
 @pytest.mark.parametrize("name", list_optimizers())
 def test_every_setting_reaches_the_constructor(name):
     """One at a time, none is left unread; and the defaults, said aloud, change nothing."""
-    entry = registry._entry(name)
+    entry = registry.entry_of(name)
     to_kwargs = entry.config_to_kwargs or partial(registry._default_adam_based_eopt_config_to_kwargs, name)
     for field, setting in settings_of(name).items():
         value = object()
@@ -185,3 +186,19 @@ def test_defaults_said_aloud_are_what_the_constructor_takes(name):
     chain = get_optimizer(OptimizerConfig.from_dict({"optimizer": name, "lr": 0.1, **said}), [model])
     # Adam with decoupled weight decay is called by its name.
     assert (name if name != "adam" else "adamw") in chain.members
+
+
+def test_settings_are_keywords_of_the_config():
+    config = OptimizerConfig(optimizer="soap", soap_eps=1e-2, lion_betas=[0.9, 0.98])
+    assert config == OptimizerConfig.from_dict({"optimizer": "soap", "soap_eps": 1e-2, "lion_betas": (0.9, 0.98)})
+    assert (config.soap_eps, config.lion_betas, config.muon_momentum) == (1e-2, (0.9, 0.98), 0.95)
+    assert config.settings == {"soap_eps": 1e-2, "lion_betas": (0.9, 0.98)}
+    again = dataclasses.replace(config, lr=0.5, soap_eps=1e-3)
+    assert (again.lr, again.soap_eps, config.soap_eps) == (0.5, 1e-3, 1e-2)
+    assert copy.deepcopy(config) == config and "soap_eps" in repr(config)
+    with pytest.raises(ValueError, match=r"unknown optimizer setting 'soap_epz'; did you mean 'soap_eps'"):
+        OptimizerConfig(optimizer="soap", soap_epz=1e-2)
+    with pytest.raises(ValueError, match="soap_eps is 'small'"):
+        OptimizerConfig(optimizer="soap", soap_eps="small")
+    with pytest.raises(ValueError, match="muon_momentum is 'much'"):
+        OptimizerConfig(muon_momentum="much")

@@ -8,8 +8,9 @@ from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon
 from torch import Tensor, nn
 
-from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
+from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
+from core.optimizer.registry import entry_of
 from core.optimizer.rules.adafactor import AdafactorSR
 from core.optimizer.rules.adamw_sr import AdamWSR
 from core.optimizer.rules.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
@@ -55,7 +56,7 @@ class Theirs(WeightDecayMixin):
 
 
 def check_equals_theirs(name: str) -> None:
-    cls: Any = _entry(name).optimizer_cls
+    cls: Any = entry_of(name).optimizer_cls
     only_float32 = getattr(cls, "float32_only", False)
     dtype = torch.float32 if only_float32 else torch.float64
     kwargs = SETTINGS.get(name, {})

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.optimizer.emerging_optimizers import list_optimizers, settings_of
+from core.optimizer.registry import list_optimizers, settings_of
 
 from .check_layouts import JOB, Layout, largest_difference
 from .pretrain.arguments import flag_of

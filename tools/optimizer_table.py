@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from core.optimizer.emerging_optimizers import _entry, get_optimizer, list_optimizers
+from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
 from core.optimizer.memory import memory_report
 from core.optimizer.optimizer_config import OptimizerConfig
+from core.optimizer.registry import entry_of
 from core.optimizer.steps.torch_class import LibraryStep
 from core.process_groups_config import ProcessGroupCollection
 
@@ -100,19 +101,19 @@ def _counted() -> Iterator[list[str]]:
 
 def _source(name: str) -> str:
     """The paper: the first address in the docstring of the class, or of a class that it is made from."""
-    if issubclass(_entry(name).optimizer_cls, LibraryStep):
+    if issubclass(entry_of(name).optimizer_cls, LibraryStep):
         return f"[emerging-optimizers]({LIBRARY})"
-    for cls in _entry(name).optimizer_cls.__mro__:
+    for cls in entry_of(name).optimizer_cls.__mro__:
         doc = cls.__doc__ or ""
         if url := re.search(r"https?://[^\s)>`\]]+", doc):
             address = url[0].rstrip(".,;")
             arxiv = re.search(r"arxiv\.org/(?:abs|pdf)/([\d.]+\d)", address)
             return f"[{f'arXiv {arxiv[1]}' if arxiv else address.split('/')[2]}]({address})"
-    raise ValueError(f"the docstring of {_entry(name).optimizer_cls.__name__} names no source; add one.")
+    raise ValueError(f"the docstring of {entry_of(name).optimizer_cls.__name__} names no source; add one.")
 
 
 def _needs(name: str) -> str:
-    entry = _entry(name)
+    entry = entry_of(name)
     what = "matrices; the rest goes to adamw" if entry.default_param_overrides else "parameters of any shape"
     extra = getattr(entry.optimizer_cls, "needs", "")
     return f"{what}; {extra}" if extra else what

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..optimizer.members import members_of
 from ..process_groups_config import ProcessGroupCollection
 from ..sharding.layout import Layout
 from ..sharding.parameter_layout import layout_of, local
@@ -72,7 +73,7 @@ class Contents:
                 )
             names[x] = name
             contents.tensors[f"{MODEL}{name}"] = Boxes(local(x), layout_of(x, pgs, name=name))
-        for member in _members(optimizer):
+        for member in members_of(optimizer):
             for group in member.param_groups:
                 contents._add(member, group, names, pgs)
         return contents
@@ -103,7 +104,7 @@ class Contents:
 
 def process_groups(given: Any, optimizer: Optimizer | None) -> ProcessGroupCollection:
     """``given``, or else the groups that the optimizer was built with."""
-    sources = (given, *(getattr(x, "pg_collection", None) for x in (optimizer, *_members(optimizer))))
+    sources = (given, *(getattr(x, "pg_collection", None) for x in (optimizer, *members_of(optimizer))))
     return next((ProcessGroupCollection.from_any(pgs) for pgs in sources if pgs is not None), ProcessGroupCollection())
 
 
@@ -123,13 +124,6 @@ def _named_tensors(model_chunks: Iterable[nn.Module]) -> Iterator[tuple[str, Ten
         persistent = chunk.state_dict(keep_vars=True)
         yield from chunk.named_parameters()
         yield from ((name, x) for name, x in chunk.named_buffers() if name in persistent)
-
-
-def _members(optimizer: Optimizer | None) -> Sequence[Any]:
-    if optimizer is None:
-        return ()
-    members: Sequence[Any] = getattr(optimizer, "optimizers", (optimizer,))
-    return members
 
 
 def _block(layout: Layout) -> str:

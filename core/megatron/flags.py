@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..optimizer import emerging_optimizers as ours
+from ..optimizer import registry as ours
 from ..optimizer.steps.constructor_settings import Setting
 from .refusals import REPLACED, runs_flat
 from .registration import name_of, replace_muon

@@ -10,7 +10,7 @@ from typing import Any
 
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 
-from ..optimizer import emerging_optimizers as ours
+from ..optimizer import registry as ours
 from .upstream import FACTORY, around
 
 
@@ -30,5 +30,5 @@ def follow_width(name_of: Callable[[str], str | None]) -> None:
 
 def rule(name: str) -> str:
     """The name that Megatron-Core's rules know our optimizer ``name`` by."""
-    cls = ours._entry(name).optimizer_cls
+    cls = ours.entry_of(name).optimizer_cls
     return "muon" if issubclass(getattr(cls, "inner", cls), OrthogonalizedOptimizer) else name

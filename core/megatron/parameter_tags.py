@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..optimizer.emerging_optimizers import _get_qkv_split_shapes
+from ..optimizer.registry import _get_qkv_split_shapes
 from ..process_groups_config import ProcessGroupCollection
 from ..sharding.parameter_layout import layout_of
 from .upstream import LAYERS, seam

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..optimizer import emerging_optimizers as ours
+from ..optimizer import registry as ours
 
 REPLACED = ("muon", "adaptive_muon")
 """Megatron-Core's own names that can be made ours."""
@@ -42,13 +42,13 @@ def is_flat(config: Any) -> bool:
 
 def runs_flat(name: str) -> bool:
     """Whether our optimizer called ``name`` steps all parameters entry by entry: they may be cut anywhere."""
-    entry = ours._entry(name)
+    entry = ours.entry_of(name)
     return getattr(entry.optimizer_cls, "kind", None) == "elementwise" and not entry.default_param_overrides
 
 
 def steps_whole(name: str, parameter: str, p: Tensor) -> bool:
     """Whether ``p``, called ``parameter`` in the model, is stepped by our optimizer ``name``, not by the Adam beside it."""
-    return not any(key.matches(p, parameter) for key in ours._entry(name).default_param_overrides)  # type: ignore[arg-type]
+    return not any(key.matches(p, parameter) for key in ours.entry_of(name).default_param_overrides)  # type: ignore[arg-type]
 
 
 def check(name: str, config: Any, model_chunks: Sequence[nn.Module], groups: Any) -> None:
@@ -80,7 +80,7 @@ def check(name: str, config: Any, model_chunks: Sequence[nn.Module], groups: Any
             f"muon_scalar_optimizer={scalar!r} is Megatron's for its own names; with {said} vectors and embeddings are Adam's. "
             f"Leave it out, or take --shardstep-replace-muon with --optimizer muon."
         )
-    if ours._with_decay({}, name, config):
+    if ours.needs_l2(name, config):
         raise ValueError(
             f"{said} with decoupled_weight_decay=False, which Megatron-Core does not hand on, and {name} decays decoupled. Leave "
             f"it True, or take shardstep_adam, _radam, _sgd or _muon."

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..optimizer import emerging_optimizers as ours
+from ..optimizer import registry as ours
 from ..optimizer.optimizer_config import ParamKey
 from ..process_groups_config import ProcessGroupCollection
 from .flat_ranges import flat_optimizer
@@ -74,13 +74,13 @@ def _optimizer(
     check(name, config, model_chunks, pg_collection)
     kwargs = _constructor_kwargs(name, config, model_chunks, None)
     return flat_optimizer(
-        ours._entry(name).optimizer_cls, kwargs, config, model_chunks, config_overrides, pg_collection
+        ours.entry_of(name).optimizer_cls, kwargs, config, model_chunks, config_overrides, pg_collection
     )
 
 
 def _entry(name: str) -> Any:
     (entry_cls,) = seam(REGISTRY, "EmergingOptimizerEntry")
-    entry = ours._entry(name)
+    entry = ours.entry_of(name)
 
     def build(param_groups: Any, **kwargs: Any) -> Optimizer:
         return resumes(say_layouts(entry.optimizer_cls(param_groups, **kwargs)))
@@ -102,7 +102,7 @@ def _to_kwargs(name: str, config: Any, model_chunks: Sequence[nn.Module], pg_col
 
 
 def _constructor_kwargs(name: str, config: Any, model_chunks: Sequence[nn.Module], groups: Any) -> dict[str, Any]:
-    to_kwargs = ours._entry(name).config_to_kwargs or partial(ours._default_adam_based_eopt_config_to_kwargs, name)
+    to_kwargs = ours.entry_of(name).config_to_kwargs or partial(ours._default_adam_based_eopt_config_to_kwargs, name)
     return to_kwargs(Settings(config, name), model_chunks, groups)
 
 

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from ..optimizer.emerging_optimizers import settings_of
+from ..optimizer.registry import settings_of
 from ..sharding.tp_modes import AUTO, exact_modes
 from .upstream import GLOBALS
 

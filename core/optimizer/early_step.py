@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import engine
 from ..sharding.parameter_layout import check_gradient, local_gradient
 from .chained import ChainedOptimizer, finish_step
+from .members import members_of
 from .steps.base import ShardedStep
 from .steps.global_norm import clip_factor
 
@@ -54,7 +55,7 @@ class EarlyStep:
                 f"backward moves some while gradients are still to come; pass clip_grad=0, or the norm if it is known, or "
                 f"call optimizer.step() after backward."
             )
-        self._members: list[Any] = list(getattr(optimizer, "optimizers", (optimizer,)))
+        self._members: list[Any] = list(members_of(optimizer))
         self._reduce = reduce
         known = None if norm is None else torch.tensor(norm, dtype=torch.float64)
         self._factor = 1.0 if known is None or not clip_grad else float(clip_factor(known, clip_grad))

@@ -1,14 +1,14 @@
 """How much memory the state of an optimizer takes: what its declaration predicts, and what is really there."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sharding.parameter_layout import local
+from .members import members_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
     Raises:
         ValueError: for an optimizer that does not declare its state.
     """
-    members: Sequence[Any] = getattr(optimizer, "optimizers", (optimizer,))
+    members = members_of(optimizer)
     rows: dict[tuple[str, str], StateMemory] = {}
     entries = 0
     for member in members:

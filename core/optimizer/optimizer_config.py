@@ -1,78 +1,24 @@
 """Which optimizer, with which settings, for which parameters. Names are Megatron-Core's."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, Self, get_args
 
-import torch
-
+from .param_key import ParamKey, ParamPredicate, ParamWithNamePredicate
+from .registry import all_settings, takers_of
+from .steps.argument_checks import unknown
 from .steps.constructor_settings import Setting, check_kind
 
-
-@dataclass(frozen=True)
-class ParamPredicate:
-    """A test of a parameter. Equal by name."""
-
-    name: str
-    fn: Callable[[torch.nn.Parameter], bool] = field(compare=False)
-
-    def __call__(self, param: torch.nn.Parameter) -> bool:
-        """Whether ``param`` passes."""
-        return self.fn(param)
+__all__ = ["OptimizerConfig", "ParamKey", "ParamPredicate", "ParamWithNamePredicate"]
 
 
-@dataclass(frozen=True)
-class ParamWithNamePredicate:
-    """A test of a parameter and its name. Equal by name of the test."""
-
-    name: str
-    fn: Callable[[torch.nn.Parameter, str], bool] = field(compare=False)
-
-    def __call__(self, param: torch.nn.Parameter, name: str) -> bool:
-        """Whether ``param`` called ``name`` passes."""
-        return self.fn(param, name)
-
-
-@dataclass(frozen=True, slots=True)
-class ParamKey:
-    """Selects parameters: any pattern, attribute or predicate that holds selects.
-
-    Attributes:
-        name: Glob pattern, or several, for the parameter's name.
-        attr: Attribute, or several, that is true on the parameter.
-        predicate: Test of the parameter, or several.
-        with_name_predicate: Test of the parameter and its name, or several.
-    """
-
-    name: str | tuple[str, ...] = ()
-    attr: str | tuple[str, ...] = ()
-    predicate: ParamPredicate | tuple[ParamPredicate, ...] = ()
-    with_name_predicate: ParamWithNamePredicate | tuple[ParamWithNamePredicate, ...] = ()
-
-    def matches(self, param: torch.nn.Parameter, param_name: str) -> bool:
-        """Whether the parameter is selected."""
-        return (
-            any(fnmatchcase(param_name, pattern) for pattern in _several(self.name))
-            or any(getattr(param, attr, False) for attr in _several(self.attr))
-            or any(test(param) for test in _several(self.predicate))
-            or any(test(param, param_name) for test in _several(self.with_name_predicate))
-        )
-
-    def __str__(self) -> str:
-        """The selection in words, for errors."""
-        tests = [*_several(self.predicate), *_several(self.with_name_predicate)]
-        return " or ".join([*_several(self.name), *(f".{a}" for a in _several(self.attr)), *(t.name for t in tests)])
-
-
-@dataclass
+@dataclass(init=False)
 class OptimizerConfig:
     """Settings of every optimizer; an optimizer takes ``{its name}_{argument}``, or else ``{argument}``.
 
-    Besides the fields, any plain argument of any registered optimizer is a setting: :meth:`from_dict` takes
-    ``lion_betas=(0.9, 0.98)``, and ``config.lion_betas`` gives it back. Of these, what nobody set is the optimizer's own default.
+    Besides the fields, each plain argument of each registered optimizer is a setting: ``OptimizerConfig(optimizer="lion",
+    lion_betas=(0.9, 0.98))``, and ``config.lion_betas`` gives it back. A setting that nobody gave is the optimizer's own default.
 
     Attributes:
         optimizer: Registered name.
@@ -100,10 +46,12 @@ class OptimizerConfig:
         adaptive_muon_moment2_method: ``adamuon``, ``normuon`` or ``namo``.
         adaptive_muon_beta2: Decay of its second moment.
         adaptive_muon_eps: Added to its denominator.
-        settings: Those that are not fields, ``{"lion_betas": (0.9, 0.98)}``; each becomes an attribute.
+        settings: Settings that are not fields, ``{"lion_betas": (0.9, 0.98)}``, given here or as keywords; each becomes an
+            attribute.
 
     Raises:
-        ValueError: for one of ``settings`` that no registered optimizer has, naming the nearest; for a value of another kind.
+        ValueError: for a keyword that is neither a field nor a setting of a registered optimizer, naming the nearest; for a
+            value of another kind.
     """
 
     optimizer: str = "adamw"
@@ -132,45 +80,32 @@ class OptimizerConfig:
     adaptive_muon_eps: float = 1e-8
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __init__(self, optimizer: str = "adamw", lr: float | None = None, **settings: Any) -> None:
+        values = {"optimizer": optimizer, "lr": lr, **settings}
         for f in fields(self):
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            value = values.pop(f.name, default)
             kinds = get_args(f.type) or (f.type,)  # float | None
-            value = getattr(self, f.name)
             if f.name != "settings" and not (value is None and NoneType in kinds):
                 check_kind(f.name, value, kinds[0])
-        self.settings = {name: _setting(name).value(value) for name, value in self.settings.items()}
+            setattr(self, f.name, value)
+        self.settings = {name: _setting(name).value(value) for name, value in {**self.settings, **values}.items()}
         vars(self).update(self.settings)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """The config with these fields and settings of registered optimizers.
+        """The config with these fields and settings.
 
         Raises:
-            ValueError: for one that does not exist; names the nearest.
+            ValueError: as the constructor.
         """
-        names = [f.name for f in fields(cls)]
-        own = {name: value for name, value in settings.items() if name in names}
-        others = {name: value for name, value in settings.items() if name not in names}
-        return cls(**{**own, "settings": {**own.get("settings", {}), **others}})
+        return cls(**settings)
 
 
 def _setting(name: str) -> Setting:
-    # The registry imports this module.
-    from .emerging_optimizers import all_settings, takers_of
-
     if takers := takers_of(name):
-        return next(iter(takers.values()))
+        # Errors are to call it as the user did.
+        return replace(next(iter(takers.values())), argument=name)
     valid = [*(f.name for f in fields(OptimizerConfig)), *all_settings()]
     near = [v for v in valid if v.partition("_")[0] == name.partition("_")[0]]
     raise ValueError(unknown("optimizer setting", name, near or valid))
-
-
-def unknown(what: str, name: str, valid: list[str] | tuple[str, ...]) -> str:
-    """An error text for a name that is none of ``valid``, with the nearest ones."""
-    near = get_close_matches(name, valid, n=3)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return f"unknown {what} {name!r}; {hint}possible: {', '.join(sorted(valid))}."
-
-
-def _several(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)

@@ -9,7 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection
-from .optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate, unknown
+from .optimizer_config import OptimizerConfig
+from .param_key import ParamKey, ParamWithNamePredicate
+from .steps.argument_checks import unknown
 from .steps.weight_decay import METHOD
 
 Overrides = Mapping[ParamKey, Mapping[str, Any]]

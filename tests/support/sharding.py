@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from core.optimizer.emerging_optimizers import _entry
+from core.optimizer.registry import entry_of
 from core.process_groups_config import ProcessGroupCollection
 
 SHAPES = ((24, 64), (64, 24), (32, 32), (24, 64), (16, 8), (64, 24))
@@ -204,7 +204,7 @@ def parameters(wholes: list[Tensor], parameter: Callable[[Tensor], Tensor], cut:
 
 def build(name: str, params: list[torch.nn.Parameter], cut: Cut, **kwargs: Any) -> Any:
     """The optimizer called ``name``, with the settings of its entry, of ``cut`` and these."""
-    cls = _entry(name).optimizer_cls
+    cls = entry_of(name).optimizer_cls
     taken = signature(cls).parameters
     accepted = cut.kwargs if "split_qkv" in taken else {}
     decay = {"weight_decay": 0.05} if "weight_decay" in taken else {}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.optimizer.emerging_optimizers import _entry
+from core.optimizer.registry import entry_of
 
 from ..pretrain.report import format_rows
 from .command import environment
@@ -130,8 +130,8 @@ def candidate(make: Make, grads: Sequence[Tensor]) -> Any:
 
 def measure(name: str, reps: int, grads: Sequence[Tensor]) -> dict[str, list[float]]:
     """Seconds of each step of ours and its peers, after :data:`WARM_UP`."""
-    cls: Any = _entry(name).optimizer_cls
-    if _entry(name).default_param_overrides:
+    cls: Any = entry_of(name).optimizer_cls
+    if entry_of(name).default_param_overrides:
         grads = [g for g in grads if g.ndim == 2]
     makes: dict[str, Make] = {"shardstep": lambda params: cls(params, lr=1e-4, **OURS.get(name, {})), **PEERS[name]}
     optimizers = {who: candidate(make, grads) for who, make in makes.items()}

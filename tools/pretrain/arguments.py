@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.optimizer.emerging_optimizers import get_supported_coefficient_types, list_optimizers, settings_of
+from core.optimizer.emerging_optimizers import get_supported_coefficient_types
+from core.optimizer.registry import list_optimizers, settings_of
 from core.optimizer.steps.constructor_settings import Setting
 from core.optimizer.steps.weight_decay import METHODS
 from core.sharding.tp_modes import AUTO, TP_MODES, tp_mode_names

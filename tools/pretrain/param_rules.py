@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from core.optimizer.chained import ChainedOptimizer
-from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers, takers_of
+from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
+from core.optimizer.registry import list_optimizers, takers_of
 from core.process_groups_config import ProcessGroupCollection
 
 from ..usage import UsageError, nearest

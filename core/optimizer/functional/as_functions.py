@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ...sharding.parameter_layout import local
+from ..members import members_of
 from ..steps.argument_checks import choice
 from ..steps.base import ShardedStep
 
@@ -151,7 +152,7 @@ class FunctionalOptimizer:
             self._params = {name: as_parameter(p, copy=not self.donate) for name, p in params.items()}
             self._optimizer = self._make(self._params)
             self._rates = [float(group["lr"]) for group in self._optimizer.param_groups]
-            members = getattr(self._optimizer, "optimizers", (self._optimizer,))
+            members = members_of(self._optimizer)
             self._declares = all(isinstance(member, ShardedStep) for member in members)
             self._key = key
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...process_groups_config import ProcessGroupCollection
-from ..emerging_optimizers import _entry, get_optimizer, register_optimizer
+from ..emerging_optimizers import get_optimizer, register_optimizer
 from ..optimizer_config import OptimizerConfig
+from ..registry import entry_of
 from ..routing import Mask, Overrides
 from .as_functions import FunctionalOptimizer, Schedule
 from .stage_local import (
@@ -194,7 +195,7 @@ def make_transformation(
     groups = _collection(pg_collection)
     if weight_decay is not None:
         config = replace(config, weight_decay=weight_decay)
-    own = _entry(config.optimizer).builder
+    own = entry_of(config.optimizer).builder
     builder: OptimizerBuilder = (
         own(config)
         if own is not None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 
 def choice(name: str, value: str, possible: Sequence[str]) -> None:
@@ -43,3 +44,10 @@ def check_adam(lr: float, betas: tuple[float, ...], eps: float, weight_decay: fl
         fraction(f"betas[{i}]", beta)
     non_negative("eps", eps)
     non_negative("weight_decay", weight_decay)
+
+
+def unknown(what: str, name: str, valid: list[str] | tuple[str, ...]) -> str:
+    """An error text for a ``name`` that is none of ``valid``, with the nearest ones."""
+    near = get_close_matches(name, valid, n=3)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    return f"unknown {what} {name!r}; {hint}possible: {', '.join(sorted(valid))}."

@@ -13,6 +13,7 @@ from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import check_gradient, layout_of
 from ...sharding.state import StateSpec, sizes
+from ..members import members_of
 from .constructor_settings import constructor_arguments
 from .weight_decay import METHOD, check_method
 
@@ -47,7 +48,7 @@ def load_state(
                 if isinstance(kept, Tensor) and isinstance(value, Tensor | int | float):
                     optimizer.state[p][name] = torch.as_tensor(value).to(kept.device, kept.dtype)
         # Settings that the one who saved did not have.
-        for member in getattr(optimizer, "optimizers", (optimizer,)):
+        for member in members_of(optimizer):
             for group in member.param_groups:
                 for name, value in member.defaults.items():
                     group.setdefault(name, value)

@@ -1,0 +1,67 @@
+"""Keys that select parameters: by name, attribute or test. Names are Megatron-Core's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class ParamPredicate:
+    """A test of a parameter. Equal by name."""
+
+    name: str
+    fn: Callable[[torch.nn.Parameter], bool] = field(compare=False)
+
+    def __call__(self, param: torch.nn.Parameter) -> bool:
+        """Whether ``param`` passes."""
+        return self.fn(param)
+
+
+@dataclass(frozen=True)
+class ParamWithNamePredicate:
+    """A test of a parameter and its name. Equal by name of the test."""
+
+    name: str
+    fn: Callable[[torch.nn.Parameter, str], bool] = field(compare=False)
+
+    def __call__(self, param: torch.nn.Parameter, name: str) -> bool:
+        """Whether ``param`` called ``name`` passes."""
+        return self.fn(param, name)
+
+
+@dataclass(frozen=True, slots=True)
+class ParamKey:
+    """Selects parameters: any pattern, attribute or predicate that holds selects.
+
+    Attributes:
+        name: Glob pattern, or several, for the parameter's name.
+        attr: Attribute, or several, that is true on the parameter.
+        predicate: Test of the parameter, or several.
+        with_name_predicate: Test of the parameter and its name, or several.
+    """
+
+    name: str | tuple[str, ...] = ()
+    attr: str | tuple[str, ...] = ()
+    predicate: ParamPredicate | tuple[ParamPredicate, ...] = ()
+    with_name_predicate: ParamWithNamePredicate | tuple[ParamWithNamePredicate, ...] = ()
+
+    def matches(self, param: torch.nn.Parameter, param_name: str) -> bool:
+        """Whether the parameter is selected."""
+        return (
+            any(fnmatchcase(param_name, pattern) for pattern in _several(self.name))
+            or any(getattr(param, attr, False) for attr in _several(self.attr))
+            or any(test(param) for test in _several(self.predicate))
+            or any(test(param, param_name) for test in _several(self.with_name_predicate))
+        )
+
+    def __str__(self) -> str:
+        """The selection in words, for errors."""
+        tests = [*_several(self.predicate), *_several(self.with_name_predicate)]
+        return " or ".join([*_several(self.name), *(f".{a}" for a in _several(self.attr)), *(t.name for t in tests)])
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -1,0 +1,304 @@
+"""The registry: names of optimizers, and what it takes to build each.
+
+An optimizer is registered by one line of :data:`_OPTIMIZERS`: its class, and only what differs from the defaults beside it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
+
+from .param_key import ParamKey, ParamPredicate
+from .rules.adafactor import Adafactor, AdafactorSR
+from .rules.adam import Adam, AdamW, RAdam
+from .rules.adamw_sr import AdamWSR
+from .rules.adaptive_muon import TensorParallelAdaptiveMuon
+from .rules.ademamix import AdEMAMix
+from .rules.apollo import Apollo, ApolloMini
+from .rules.bge_adam import BGEAdam
+from .rules.came import Came
+from .rules.emerging_library import LIBRARY, library_optimizer
+from .rules.hn_adam import HNAdam
+from .rules.lamb_lars import Lamb, Lars
+from .rules.lion import Lion
+from .rules.mars import Mars
+from .rules.micro_adam import MicroAdam
+from .rules.muon_optax import OptaxMuon
+from .rules.psgd import Quad, Skew
+from .rules.rmsprop import RMSprop
+from .rules.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
+from .rules.sgd import SGD
+from .rules.shampoo_soap import Shampoo, Soap
+from .rules.sophia import Sophia
+from .rules.tensor_parallel_muon import TensorParallelMuon
+from .steps.argument_checks import unknown
+from .steps.constructor_settings import Setting, constructor_arguments, settings
+from .steps.weight_decay import METHOD
+
+ConfigToKwargs = Callable[[Any, Sequence[nn.Module], Any], dict[str, Any]]
+"""``(config, model_chunks, pg_collection)`` → constructor arguments."""
+
+ENTRY_POINTS = "shardstep.optimizers"
+"""Entry-point group in which other packages name their ``EmergingOptimizerEntry``."""
+
+
+def _is_nonlinear_or_embedding(param: Tensor) -> bool:
+    """True for parameters that must not use a matrix optimizer."""
+    return bool(getattr(param, "is_embedding_or_output_parameter", False)) or param.ndim != 2
+
+
+_NOT_A_MATRIX = ("*embed*", "*router*", "*output_layer.weight", "*lm_head.weight")
+"""Names of weights that are 2-D, but tables of rows or too sensitive to be orthogonalized, whether or not they are tagged."""
+
+
+def _default_param_overrides_factory() -> dict[ParamKey, dict[str, Any]]:
+    """Route non-linear, embedding, output and router parameters to Adam."""
+    tests = (
+        ParamPredicate("nonlinear_or_embedding", _is_nonlinear_or_embedding),
+        ParamPredicate("use_muon=False", lambda param: getattr(param, "use_muon", True) is False),
+    )
+    return {ParamKey(name=_NOT_A_MATRIX, predicate=tests): {"optimizer": "adam"}}
+
+
+def _eopt_init_state_fn(opt: Any, config: Any = None) -> None:
+    """Make state for every parameter, also those without a gradient: a checkpoint is loaded into it."""
+    for group in opt.param_groups:
+        opt._init_group(group, skip_non_grad_params=False)
+
+
+@dataclass
+class EmergingOptimizerEntry:
+    """What it takes to build an optimizer by name.
+
+    Attributes:
+        optimizer_cls: The class.
+        init_state_fn: ``(optimizer, config=None)``: makes the state of every parameter.
+        config_to_kwargs: ``(config, model_chunks, pg_collection)`` → constructor arguments; None: by name, and ``betas`` from
+            ``adam_beta1`` and ``adam_beta2``.
+        default_param_overrides: Settings for parameters that the class must not get.
+        builder: Class that makes functional optimizers of it (:mod:`.builders`); None for the one that serves all.
+    """
+
+    optimizer_cls: type
+    init_state_fn: Callable[..., None] = _eopt_init_state_fn
+    config_to_kwargs: ConfigToKwargs | None = None
+    default_param_overrides: dict[ParamKey, dict[str, Any]] = field(default_factory=_default_param_overrides_factory)
+    builder: type | None = None
+
+
+def _kwargs_from_config(optimizer_cls: type, prefix: str, config: Any) -> dict[str, Any]:
+    """Constructor arguments out of a config: for each but ``params``, ``config.{prefix}_{name}`` if it is there, else
+    ``config.{name}`` if that is there, else none.
+    """
+    kwargs = {}
+    for name in constructor_arguments(optimizer_cls):
+        if name in ("self", "params"):
+            continue
+        for field_name in (f"{prefix}_{name}", name) if name != METHOD else (f"{prefix}_{name}",):
+            if hasattr(config, field_name):
+                kwargs[name] = getattr(config, field_name)
+                break
+    return kwargs
+
+
+def _get_qkv_split_shapes(model_cfg: Any) -> list[int]:
+    """Rows of q (and its gate), k and v in one query group of a fused QKV weight."""
+    query = model_cfg.num_attention_heads // model_cfg.num_query_groups * model_cfg.kv_channels
+    queries = [query, query] if getattr(model_cfg, "attention_output_gate", False) else [query]
+    return [*queries, model_cfg.kv_channels, model_cfg.kv_channels]
+
+
+def _muon_config_to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
+    """Constructor arguments of :class:`TensorParallelMuon`."""
+    kwargs = _kwargs_from_config(TensorParallelMuon, "muon", config)
+    kwargs.setdefault("use_decoupled_weight_decay", getattr(config, "decoupled_weight_decay", True))
+    kwargs["is_qkv_fn"] = lambda p: bool(getattr(p, "is_qkv", False))
+    model_cfg = getattr(model_chunks[0], "config", None) if model_chunks else None
+    if hasattr(model_cfg, "num_query_groups"):
+        kwargs["qkv_split_shapes"] = _get_qkv_split_shapes(model_cfg)
+    kwargs["pg_collection"] = pg_collection
+    return kwargs
+
+
+def _adaptive_muon_config_to_kwargs(
+    config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any
+) -> dict[str, Any]:
+    """Constructor arguments of :class:`TensorParallelAdaptiveMuon`: Muon's, then its own."""
+    own = _kwargs_from_config(TensorParallelAdaptiveMuon, "adaptive_muon", config)
+    return {**_muon_config_to_kwargs(config, model_chunks, pg_collection), **own}
+
+
+def _default_adam_based_eopt_config_to_kwargs(
+    eopt_name: str, config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any
+) -> dict[str, Any]:
+    """Constructor arguments by name; ``betas``, ``eps`` and process groups only where the class takes them."""
+    cls = entry_of(eopt_name).optimizer_cls
+    known = {"betas": (config.adam_beta1, config.adam_beta2), "pg_collection": pg_collection}
+    taken = constructor_arguments(cls)
+    return {**{k: v for k, v in known.items() if k in taken}, **_kwargs_from_config(cls, eopt_name, config)}
+
+
+def from_config(eopt_name: str) -> ConfigToKwargs:
+    """For a class that has defaults of its own: ``lr``, ``weight_decay`` and what the config says of it under its name."""
+
+    def to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
+        cls = entry_of(eopt_name).optimizer_cls
+        groups = {"pg_collection": pg_collection} if "pg_collection" in constructor_arguments(cls) else {}
+        return {**_kwargs_from_config(cls, eopt_name, config), **groups}
+
+    return to_kwargs
+
+
+def _adam_config_to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
+    kwargs = _kwargs_from_config(AdamW, "adam", config)
+    return {**kwargs, "betas": (config.adam_beta1, config.adam_beta2), "pg_collection": pg_collection}
+
+
+_OPTIMIZERS: dict[str, type | tuple[type, ConfigToKwargs | None]] = {
+    "muon": (TensorParallelMuon, _muon_config_to_kwargs),
+    "adaptive_muon": (TensorParallelAdaptiveMuon, _adaptive_muon_config_to_kwargs),
+    "muon_optax": OptaxMuon,
+    "adamw": (AdamW, _adam_config_to_kwargs),
+    "adam": (Adam, _adam_config_to_kwargs),
+    "sgd": SGD,
+    "radam": (RAdam, None),
+    "rmsprop": RMSprop,
+    "lion": Lion,
+    "ademamix": AdEMAMix,
+    "schedule_free_adamw": ScheduleFreeAdamW,
+    "schedule_free_sgd": ScheduleFreeSGD,
+    "sophia": Sophia,
+    "adamw_sr": (AdamWSR, None),
+    "micro_adam": MicroAdam,
+    "apollo": Apollo,
+    "apollo_mini": ApolloMini,
+    "adafactor": Adafactor,
+    "adafactor_sr": AdafactorSR,
+    "came": Came,
+    "lamb": (Lamb, None),
+    "lars": Lars,
+    "mars": Mars,
+    "bge_adam": BGEAdam,
+    "hn_adam": HNAdam,
+    "shampoo": Shampoo,
+    "soap": Soap,
+    "quad": Quad,
+    "skew": Skew,
+    "psgd_skew": Skew,
+}
+"""By name: a class; or a class and what makes its arguments of a config, where their names alone do not."""
+
+
+def entry_for(name: str, cls: type, *config_to_kwargs: ConfigToKwargs | None, builder: type | None = None) -> Any:
+    """The entry of a class of which nothing is special: arguments by name, and no overrides where it takes every parameter.
+
+    Args:
+        name: Its name in the registry.
+        cls: The optimizer class. Its attribute ``matrices_only`` says whether parameters that are no matrices must go to Adam;
+            a class without that attribute is taken to want matrices only.
+        config_to_kwargs: In place of arguments by name.
+        builder: As in :class:`EmergingOptimizerEntry`.
+    """
+    every_shape = getattr(cls, "matrices_only", True) is False
+    (to_kwargs,) = config_to_kwargs or (from_config(name),)
+    overrides = {} if every_shape else _default_param_overrides_factory()
+    return EmergingOptimizerEntry(cls, config_to_kwargs=to_kwargs, default_param_overrides=overrides, builder=builder)
+
+
+_EMERGING_OPTIMIZERS: dict[str, EmergingOptimizerEntry] = {
+    name: entry_for(name, *(line if isinstance(line, tuple) else (line,))) for name, line in _OPTIMIZERS.items()
+}
+"""The registry."""
+
+
+def entry_of(name: str) -> EmergingOptimizerEntry:
+    """The entry called ``name``, in any case; of emerging-optimizers and of other packages' entry points, too.
+
+    Raises:
+        ValueError: for an unknown name; names the nearest.
+    """
+    name = name.lower()
+    if name in LIBRARY and name not in _EMERGING_OPTIMIZERS:
+        # The second beta of their Lion is the decay of a mean of the gradient, not of its square.
+        special = () if name == "eo_lion" else (None,)
+        _EMERGING_OPTIMIZERS[name] = entry_for(name, library_optimizer(name), *special)
+    if name not in _EMERGING_OPTIMIZERS:
+        for point in entry_points(group=ENTRY_POINTS, name=name):
+            _EMERGING_OPTIMIZERS[name] = point.load()
+            break
+        else:
+            raise ValueError(unknown("optimizer", name, list_optimizers()))
+    return _EMERGING_OPTIMIZERS[name]
+
+
+def register_optimizer(name: str, entry: EmergingOptimizerEntry | type | None = None) -> Any:
+    """Make ``entry`` available as ``name``, which becomes lower case.
+
+    Args:
+        name: The name.
+        entry: An entry; or an optimizer class whose settings are the config's of the same names, or a builder
+            (:class:`.functional.builders.OptimizerBuilder`) whose ``optimizer_cls`` that is. None: a decorator for such a class.
+
+    Returns:
+        ``entry``, or the decorator.
+
+    Raises:
+        ValueError: when the name is taken.
+    """
+    name = name.lower()
+    if name in _EMERGING_OPTIMIZERS or name in LIBRARY:
+        raise ValueError(f"optimizer {name!r} is already registered, as {entry_of(name).optimizer_cls.__name__}.")
+    if entry is None:
+        return lambda cls: register_optimizer(name, cls)
+    if isinstance(entry, type):
+        builds: type | None = getattr(entry, "optimizer_cls", None)
+        _EMERGING_OPTIMIZERS[name] = entry_for(name, builds or entry, builder=entry if builds else None)
+    elif isinstance(entry, EmergingOptimizerEntry):
+        _EMERGING_OPTIMIZERS[name] = entry
+    else:
+        raise TypeError(f"{entry!r} is no optimizer class and no EmergingOptimizerEntry; give one of the two.")
+    return entry
+
+
+def list_optimizers() -> tuple[str, ...]:
+    """All names, those of other packages' entry points included, in alphabetical order."""
+    return tuple(sorted({*_EMERGING_OPTIMIZERS, *LIBRARY, *(point.name for point in entry_points(group=ENTRY_POINTS))}))
+
+
+_READS = {"adamw": ("adam",), "adaptive_muon": ("adaptive_muon", "muon")}
+"""Optimizers whose settings carry other names than their own."""
+
+
+def settings_of(name: str) -> dict[str, Setting]:
+    """The settings that the optimizer called ``name`` takes from a config, ``lion_betas`` and the like."""
+    return {
+        f"{prefix}_{setting.argument}": setting
+        for prefix in _READS.get(name, (name,))
+        for setting in settings(entry_of(prefix).optimizer_cls)
+        if (prefix, setting.argument) != ("adam", "betas")  # the config has adam_beta1 and adam_beta2
+    }
+
+
+def takers_of(field: str) -> dict[str, Setting]:
+    """The optimizers that have the setting ``field``, and what each says of it; none where there is no such setting."""
+    # Some classes take seconds to import, so only those that the name may belong to are.
+    near = (n for n in list_optimizers() if any(field.startswith(f"{prefix}_") for prefix in _READS.get(n, (n,))))
+    return {name: of_name[field] for name in near if field in (of_name := settings_of(name))}
+
+
+def all_settings() -> list[str]:
+    """The names of the settings of all registered optimizers; imports them all."""
+    return list(dict.fromkeys(field for name in list_optimizers() for field in settings_of(name)))
+
+
+def needs_l2(name: str, config: Any) -> bool:
+    """Whether weight decay must be added to the gradients before they reach the optimizer called ``name``.
+
+    It must where ``config`` wants it so and the optimizer decays decoupled and has no argument that says otherwise.
+    """
+    own = {"decoupled_weight_decay", "use_decoupled_weight_decay"} & constructor_arguments(
+        entry_of(name).optimizer_cls
+    ).keys()
+    return not (config.decoupled_weight_decay or name in ("adam", "sgd") or own)
