@@ -1,7 +1,9 @@
 """Our optimizers in Megatron-Core: its registry, its command line, what is refused, scripts that know nothing of us."""
 
 import argparse
+import inspect
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,14 +205,14 @@ def test_what_would_step_wrongly_is_refused(settings, words):
 
 
 def test_a_version_without_the_registry_is_refused(monkeypatch):
-    from core.megatron import upstream as seam
+    from core.megatron import upstream
 
     with pytest.raises(ImportError, match=r"Megatron-Core 0\.19\.2 has no .*emerging_optimizers with _NO_SUCH_NAME"):
-        seam.seam(seam.REGISTRY, "_NO_SUCH_NAME")
-    monkeypatch.setattr(seam, "version", lambda _: "0.17.1")
-    monkeypatch.setitem(sys.modules, seam.REGISTRY, None)
+        upstream.lookup(upstream.REGISTRY, "_NO_SUCH_NAME")
+    monkeypatch.setattr(upstream, "version", lambda _: "0.17.1")
+    monkeypatch.setitem(sys.modules, upstream.REGISTRY, None)
     with pytest.raises(ImportError, match=r"Core 0\.17\.1 has no .*pip install 'megatron-core>=0\.18,<0\.20'"):
-        seam.seam(seam.REGISTRY, "_EMERGING_OPTIMIZERS")
+        upstream.lookup(upstream.REGISTRY, "_EMERGING_OPTIMIZERS")
 
 
 def test_groups_are_told_apart_where_their_identifiers_leave_out_the_optimizer(monkeypatch):
@@ -264,3 +266,29 @@ def test_a_script_that_knows_nothing_of_us_finds_our_optimizers(tmp_path, how):
     count, said = result.stdout.strip().splitlines()[-1].split(" ", 1)
     assert int(count) > 40
     assert said == "['--flag'] __main__"
+
+
+def test_all_that_is_patched_is_listed():
+    """A new patch is to be written down here; each keeps name and signature, and a second registration adds nothing."""
+    import core.megatron
+    from core.megatron import upstream
+
+    before = dict(upstream.PATCHED)
+    core.megatron.register()
+    assert before == upstream.PATCHED
+    in_core = {name: function for name, function in before.items() if name.startswith("megatron.core.")}
+    assert set(in_core) == {
+        "megatron.core.dist_checkpointing.load",
+        "megatron.core.dist_checkpointing.optimizer.make_sharded_optimizer_tensor",
+        "megatron.core.optimizer._get_megatron_emerging_optimizer",
+        "megatron.core.optimizer.get_mup_config_overrides",
+        "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer.load_state_dict",
+        "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer.sharded_state_dict",
+        "megatron.core.optimizer.layer_wise_optimizer.tag_params_for_buffer_routing",
+        "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+        "megatron.core.optimizer.optimizer.ChainedOptimizer.sharded_state_dict",
+    }
+    for name, function in in_core.items():
+        assert function.__name__ == name.rpartition(".")[2]
+        assert inspect.signature(function) == inspect.signature(function.__wrapped__)
+        assert pkgutil.resolve_name(name) is function

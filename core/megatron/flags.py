@@ -10,7 +10,7 @@ from ..optimizer.steps.constructor_settings import Setting
 from .refusals import REPLACED, runs_flat
 from .registration import name_of, replace_muon
 from .settings import EXACT, PREFIX, SPLIT_HEADS, TP_MODE
-from .upstream import ARGUMENTS, CONFIG, around, seam
+from .upstream import ARGUMENTS, CONFIG, lookup, patch
 
 REPLACE = "--shardstep-replace-muon"
 
@@ -24,8 +24,8 @@ def extend_arguments() -> None:
     Raises:
         ImportError: when this Megatron has no such parser.
     """
-    around(ARGUMENTS, "parse_args", _parsed)
-    around(ARGUMENTS, "validate_args", _validated)
+    patch(ARGUMENTS, "parse_args", _parsed)
+    patch(ARGUMENTS, "validate_args", _validated)
 
 
 def _parsed(
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     A flag that the script has for something else keeps its meaning: ours is then ``--shardstep-soap-eps`` for ``--soap-eps``.
     """
-    (config,) = seam(CONFIG, "OptimizerConfig")
+    (config,) = lookup(CONFIG, "OptimizerConfig")
     reaches_config = {field.name for field in dataclasses.fields(config)}
     names = ours.list_optimizers()
     chosen = parser._option_string_actions["--optimizer"]

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from ..sharding.layout import Layout
 from .resume import resumes
-from .upstream import DISTRIBUTED, FACTORY, PARALLEL, seam
+from .upstream import DISTRIBUTED, FACTORY, PARALLEL, lookup
 
 DistributedOptimizer: Any
-(DistributedOptimizer,) = seam(DISTRIBUTED, "DistributedOptimizer")
+(DistributedOptimizer,) = lookup(DISTRIBUTED, "DistributedOptimizer")
 
 
 class FlatOptimizer(DistributedOptimizer):
@@ -112,10 +112,10 @@ def flat_optimizer(
     Returns:
         A ``ChainedOptimizer``: of dense parameters, and of experts where there are any.
     """
-    chain, collection, groups_and_buffers = seam(
+    chain, collection, groups_and_buffers = lookup(
         FACTORY, "ChainedOptimizer", "ProcessGroupCollection", "_get_param_groups_and_buffers"
     )
-    (gloo,) = seam(PARALLEL, "_DATA_PARALLEL_GROUP_WITH_CP_GLOO")
+    (gloo,) = lookup(PARALLEL, "_DATA_PARALLEL_GROUP_WITH_CP_GLOO")
     groups = collection.setup_process_groups_for_optimizer(
         pg_collection, model_chunks, use_gloo_process_groups=pg_collection is None and gloo is not None
     )

@@ -11,7 +11,7 @@ from torch import nn
 
 from .refusals import steps_whole
 from .settings import flags
-from .upstream import LAYER_WISE, around
+from .upstream import LAYER_WISE, patch
 
 
 def keep_together(name_of: Callable[[str], str | None]) -> None:
@@ -27,7 +27,7 @@ def keep_together(name_of: Callable[[str], str | None]) -> None:
         if name is not None:
             tag_whole(name, model_chunks)
 
-    around(LAYER_WISE, "tag_params_for_buffer_routing", with_ours)
+    patch(LAYER_WISE, "tag_params_for_buffer_routing", with_ours)
 
 
 def tag_whole(name: str, model_chunks: Sequence[nn.Module]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 
 from ..optimizer import registry as ours
-from .upstream import FACTORY, around
+from .upstream import FACTORY, patch
 
 
 def follow_width(name_of: Callable[[str], str | None]) -> None:
@@ -25,7 +25,7 @@ def follow_width(name_of: Callable[[str], str | None]) -> None:
         name = name_of(optimizer_type)
         return theirs(config, mup_width_mult, optimizer_type if name is None else rule(name))
 
-    around(FACTORY, "get_mup_config_overrides", with_ours)
+    patch(FACTORY, "get_mup_config_overrides", with_ours)
 
 
 def rule(name: str) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from ..optimizer.registry import _get_qkv_split_shapes
 from ..process_groups_config import ProcessGroupCollection
 from ..sharding.parameter_layout import layout_of
-from .upstream import LAYERS, seam
+from .upstream import LAYERS, lookup
 
 KEPT = {"matrix_parts": None, "use_muon": True, "is_embedding_or_output_parameter": False}
 """Attributes, with what stands for them when they are not there, that float32 copies of 16-bit parameters must have too."""
@@ -26,7 +26,7 @@ KEPT = {"matrix_parts": None, "use_muon": True, "is_embedding_or_output_paramete
 
 def keep_attributes() -> None:
     """Let Megatron-Core copy our attributes to the main parameters that it makes."""
-    (defaults,) = seam(LAYERS, "_MODEL_PARALLEL_ATTRIBUTE_DEFAULTS")
+    (defaults,) = lookup(LAYERS, "_MODEL_PARALLEL_ATTRIBUTE_DEFAULTS")
     for name, default in KEPT.items():
         defaults.setdefault(name, default)
 

@@ -19,7 +19,7 @@ from .resume import resume_across, resumes
 from .saved_state import check_before_loading
 from .settings import PREFIX, Settings
 from .sharded_state import say_layouts, take_our_state
-from .upstream import CONFIG, FACTORY, REGISTRY, around, seam
+from .upstream import CONFIG, FACTORY, REGISTRY, lookup, patch
 
 
 def register() -> None:
@@ -28,28 +28,28 @@ def register() -> None:
     Raises:
         ImportError: when Megatron-Core is missing, or has no registry.
     """
-    (registry,) = seam(REGISTRY, "_EMERGING_OPTIMIZERS")
+    (registry,) = lookup(REGISTRY, "_EMERGING_OPTIMIZERS")
     keep_attributes()
     take_our_state()
     resume_across()
     check_before_loading()
     keep_together(name_of)
     follow_width(name_of)
-    around(FACTORY, "_get_megatron_emerging_optimizer", _optimizer)
+    patch(FACTORY, "_get_megatron_emerging_optimizer", _optimizer)
     for name in ours.list_optimizers():
         registry[f"{PREFIX}{name}"] = _entry(name)
 
 
 def replace_muon() -> None:
     """Make Megatron-Core's names ``muon`` and ``adaptive_muon`` ours too."""
-    (registry,) = seam(REGISTRY, "_EMERGING_OPTIMIZERS")
+    (registry,) = lookup(REGISTRY, "_EMERGING_OPTIMIZERS")
     for name in REPLACED:
         registry[name] = _entry(name)
 
 
 def name_of(optimizer: str) -> str | None:
     """The name in our registry of what Megatron-Core calls ``optimizer``; None for what is not ours."""
-    (registry,) = seam(REGISTRY, "_EMERGING_OPTIMIZERS")
+    (registry,) = lookup(REGISTRY, "_EMERGING_OPTIMIZERS")
     to_kwargs = getattr(registry.get(optimizer), "config_to_kwargs", None)
     return to_kwargs.args[0] if isinstance(to_kwargs, partial) and to_kwargs.func is _to_kwargs else None
 
@@ -79,7 +79,7 @@ def _optimizer(
 
 
 def _entry(name: str) -> Any:
-    (entry_cls,) = seam(REGISTRY, "EmergingOptimizerEntry")
+    (entry_cls,) = lookup(REGISTRY, "EmergingOptimizerEntry")
     entry = ours.entry_of(name)
 
     def build(param_groups: Any, **kwargs: Any) -> Optimizer:
@@ -119,7 +119,7 @@ def _groups(theirs: Any, config: Any) -> ProcessGroupCollection:
 
 
 def _their_keys(overrides: Mapping[ParamKey, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
-    key_cls, predicate_cls = seam(CONFIG, "ParamKey", "ParamPredicate")
+    key_cls, predicate_cls = lookup(CONFIG, "ParamKey", "ParamPredicate")
 
     def predicates(tests: Any) -> tuple[Any, ...]:
         return tuple(predicate_cls(f"{PREFIX}{test.name}", test.fn) for test in _several(tests))

@@ -6,7 +6,7 @@ the optimizer that saved it. Where ours is in a chain, groups are found by what 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .settings import flags
-from .upstream import CHAIN, DISTRIBUTED, LAYER_WISE, MAPPING, seam
+from .upstream import CHAIN, DISTRIBUTED, LAYER_WISE, MAPPING, lookup, patch
 
 HERE = "shardstep"
 """Key under which this run's part stands while a checkpoint is loaded, out of the way of how the saved one was built."""
@@ -36,32 +36,23 @@ def resumes[T: Optimizer](optimizer: T) -> T:
 
 def resume_across() -> None:
     """Let Megatron-Core's chains that hold one of ours load what other runs saved. Again it does nothing new."""
-    (chain,), (layer_wise,) = seam(CHAIN, "ChainedOptimizer"), seam(LAYER_WISE, "LayerWiseDistributedOptimizer")
-    for cls in (chain, layer_wise):
-        for name, ours in (("sharded_state_dict", _shown), ("load_state_dict", _loaded)):
-            theirs = getattr(cls, name)
-            if not hasattr(theirs, "shardstep"):
-                setattr(cls, name, _outermost(theirs, ours))
+    for cls in (f"{CHAIN}:ChainedOptimizer", f"{LAYER_WISE}:LayerWiseDistributedOptimizer"):
+        patch(cls, "sharded_state_dict", partial(_outermost, _shown))
+        patch(cls, "load_state_dict", partial(_outermost, _loaded))
 
 
 _inside: ContextVar[bool] = ContextVar("_inside", default=False)
 
 
-def _outermost(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that is ``ours`` for a chain with one of our optimizers, and ``theirs`` for all others and in chains of it."""
-
-    @wraps(theirs)
-    def method(chain: Any, *args: Any, **kwargs: Any) -> Any:
-        if _inside.get() or not any(_is_ours(member) for member in _members(chain)):
-            return theirs(chain, *args, **kwargs)
-        before = _inside.set(True)
-        try:
-            return ours(chain, partial(theirs, chain), *args, **kwargs)
-        finally:
-            _inside.reset(before)
-
-    method.shardstep = True  # type: ignore[attr-defined]
-    return method
+def _outermost(ours: Callable[..., Any], original: Callable[..., Any], chain: Any, *args: Any, **kwargs: Any) -> Any:
+    """``ours`` for a chain with one of our optimizers; Megatron-Core's own for all others, and for chains inside of it."""
+    if _inside.get() or not any(_is_ours(member) for member in _members(chain)):
+        return original(chain, *args, **kwargs)
+    before = _inside.set(True)
+    try:
+        return ours(chain, partial(original, chain), *args, **kwargs)
+    finally:
+        _inside.reset(before)
 
 
 def _members(chain: Any) -> Iterator[Any]:
@@ -74,7 +65,7 @@ def _is_ours(member: Any) -> bool:
 
 
 def _is_distributed(member: Any) -> bool:
-    (cls,) = seam(DISTRIBUTED, "DistributedOptimizer")
+    (cls,) = lookup(DISTRIBUTED, "DistributedOptimizer")
     return isinstance(member, cls)
 
 
@@ -97,7 +88,7 @@ def _shown(
     """As Megatron-Core's ``sharded_state_dict``; to be loaded into, it stands under a key of its own."""
     if not is_loading:
         return theirs(model_sharded_state_dict, is_loading, **kwargs)
-    (local,) = seam(MAPPING, "LocalNonpersistentObject")
+    (local,) = lookup(MAPPING, "LocalNonpersistentObject")
     metadata = dict(kwargs.pop("metadata", None) or {})
     if any(_is_distributed(member) for member in _members(chain)):
         # A plain run's checkpoint names no format; this one has its keys.
@@ -150,7 +141,7 @@ def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 def _counterpart(group: Mapping[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
     """The saved settings of the parameters of ``group``."""
-    (theirs,) = seam(CHAIN, "param_group_identifier_keys")
+    (theirs,) = lookup(CHAIN, "param_group_identifier_keys")
     keys = tuple(dict.fromkeys((*theirs, "optimizer")))  # 0.18 has the last in the groups, not in these
     wanted = _identity(group, keys)
     fixed = [i for i, key in enumerate(keys) if key not in RATES]
@@ -190,7 +181,7 @@ def _listed(groups: list[dict[str, Any]], keys: Sequence[str]) -> str:
 
 def _fill(member: Any, part: dict[str, Any], groups: list[dict[str, Any]], *, shown: bool) -> None:
     """Put the settings ``groups`` into ``part``, as ``member`` looks for them."""
-    (plain,) = seam(CHAIN, "FP32Optimizer")
+    (plain,) = lookup(CHAIN, "FP32Optimizer")
     inner = part if isinstance(member, plain) else part.setdefault("optimizer", {})
     given = inner.get("param_groups") or [{} for _ in groups]
     step = next((group["step"] for group in groups if group.get("step") is not None), None)

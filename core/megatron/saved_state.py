@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.together import CheckpointError, Group, joined
 from .resume import HERE
 from .sharded_state import OWNERS_STEP
-from .upstream import LOADING, around, seam
+from .upstream import LOADING, lookup, patch
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
 _BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
@@ -27,7 +27,7 @@ class Slot(NamedTuple):
 
 def check_before_loading() -> None:
     """Let Megatron-Core's ``load`` compare first, where one of ours is loaded. Again it does nothing new."""
-    around(LOADING, "load", _load)
+    patch(LOADING, "load", _load)
 
 
 def _load(theirs: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ def _load(theirs: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: A
     """
     ours = list(_ours(sharded_state_dict))
     if ours:
-        (metadata,) = seam(LOADING, "load_tensors_metadata")
+        (metadata,) = lookup(LOADING, "load_tensors_metadata")
         shapes = {key: tuple(tensor.global_shape) for key, tensor in metadata(checkpoint_dir).items()}
         tensors = [place for tree in ours for place in _tensors(tree)]
         weights = {x.key for *_, x in _tensors(sharded_state_dict) if getattr(x.data, "dtype", None) == torch.float32}

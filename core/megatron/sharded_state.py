@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint.boxes import cut
 from ..sharding.layout import Layout
-from .upstream import CHECKPOINT, MAPPING, around, seam
+from .upstream import CHECKPOINT, MAPPING, lookup, patch
 
 _LAYOUTS = "shardstep_layouts"
 """Attribute of a tensor in a ``state_dict``: where it lives, and where its parameter does."""
@@ -73,7 +73,7 @@ def _mark(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 def take_our_state() -> None:
     """Let Megatron-Core's checkpoints hold state of any shape. Again it does nothing new."""
-    around(CHECKPOINT, "make_sharded_optimizer_tensor", _sharded)
+    patch(CHECKPOINT, "make_sharded_optimizer_tensor", _sharded)
 
 
 def _sharded(theirs: Callable[..., Any], model_param: Any, optim_param: Tensor, prefix: str) -> Any:
@@ -81,7 +81,7 @@ def _sharded(theirs: Callable[..., Any], model_param: Any, optim_param: Tensor, 
     layouts = getattr(optim_param, _LAYOUTS, None)
     if layouts is None:
         return theirs(model_param, optim_param, prefix)
-    (factory,) = seam(MAPPING, "ShardedTensorFactory")
+    (factory,) = lookup(MAPPING, "ShardedTensorFactory")
     layout, home = layouts
     stacked = _first_shard(model_param)
     build = partial(_boxes, layout=layout, stacked=stacked)
@@ -113,7 +113,7 @@ def _replica(layout: Layout, home: Layout) -> tuple[int, int, int]:
 
 def _boxes(key: str, x: Tensor, replica_id: Any, _: Any, *, layout: Layout, stacked: Any) -> dict[str, Any]:
     """A shard for each box that this rank holds, behind the axes in which Megatron-Core stacks layers."""
-    (sharded,) = seam(MAPPING, "ShardedTensor")
+    (sharded,) = lookup(MAPPING, "ShardedTensor")
     ahead = stacked.prepend_axis_num
     return {
         ",".join(map(str, offset)): sharded(

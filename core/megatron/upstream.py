@@ -1,6 +1,5 @@
-"""The names of Megatron-Core that this package holds on to, looked up in one place."""
+"""The names of Megatron-Core that this package uses, looked up in one place, and its functions that are patched."""
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
@@ -24,32 +23,47 @@ RUN_WITH = "megatron-core>=0.18,<0.20"
 """What pip would install. Before 0.18 there is no registry of optimizers to add to."""
 
 
-def around(module: str, name: str, ours: Callable[..., Any]) -> None:
-    """Let Megatron-Core call ``ours(theirs, ...)`` where it calls its function ``name``, ``theirs``. Again it does nothing new.
+PATCHED: dict[str, Callable[..., Any]] = {}
+"""Every function and method of Megatron-Core that ours stand around, by its full name, and what stands there now."""
+
+
+def patch(owner: str, name: str, ours: Callable[..., Any]) -> None:
+    """Let Megatron-Core call ``ours(original, ...)`` where it calls its function ``name``; again it does nothing new.
+
+    Args:
+        owner: A module, or a class in one: ``module:Class``.
+        name: The function, or method.
+        ours: Called with the original function first, then with the arguments, of a method the instance too.
 
     Raises:
         ImportError: when there is no such function.
     """
-    (theirs,) = seam(module, name)
-    if hasattr(theirs, "shardstep"):
+    module, _, cls = owner.partition(":")
+    home = lookup(module, cls)[0] if cls else import_module(module)
+    original = getattr(home, name, None) if cls else lookup(module, name)[0]
+    full = f"{owner}.{name}".replace(":", ".")
+    if original is None:
+        raise _missing(full, name)
+    if hasattr(original, "shardstep"):
         return
 
-    @wraps(theirs)
+    @wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
-        return ours(theirs, *args, **kwargs)
+        return ours(original, *args, **kwargs)
 
     function.shardstep = True  # type: ignore[attr-defined]
-    setattr(sys.modules[module], name, function)
+    setattr(home, name, function)
+    PATCHED[full] = function
 
 
-def seam(module: str, *names: str) -> list[Any]:
+def lookup(module: str, *names: str) -> list[Any]:
     """Objects called ``names`` in a module of Megatron-Core.
 
     Raises:
         ImportError: when Megatron-Core is not installed, or this version of it has no such names.
     """
     try:
-        found = version("megatron-core")
+        version("megatron-core")
     except ModuleNotFoundError:
         raise ImportError(
             f"shardstep.core.megatron needs Megatron-Core: pip install '{RUN_WITH}', or shardstep[megatron]."
@@ -58,8 +72,12 @@ def seam(module: str, *names: str) -> list[Any]:
         home = import_module(module)
         return [getattr(home, name) for name in names]
     except (ModuleNotFoundError, AttributeError) as error:
-        raise ImportError(
-            f"Megatron-Core {found} has no {module} with {', '.join(names)} ({error}), which shardstep's optimizers need. "
-            f"Install a version that they were run with: pip install '{RUN_WITH}'. To train without them, leave out "
-            f"shardstep's launcher and SHARDSTEP_MEGATRON."
-        ) from None
+        raise _missing(f"{module} with {', '.join(names)}", str(error)) from None
+
+
+def _missing(what: str, why: str) -> ImportError:
+    return ImportError(
+        f"Megatron-Core {version('megatron-core')} has no {what} ({why}), which shardstep's optimizers need. Install a version "
+        f"that they were run with: pip install '{RUN_WITH}'. To train without them, leave out shardstep's launcher and "
+        f"SHARDSTEP_MEGATRON."
+    )
