@@ -1,9 +1,11 @@
 """What all tests share: the bridge that runs MPI tests, the ranks they run on, and reproducible examples."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +37,14 @@ def job_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(400)))
     return str(text)
+
+
+@pytest.fixture
+def job(tmp_path: Path, job_text: str) -> Callable[..., Any]:
+    """Runs the main job, as small as it can be, in this process; gives the rows of its log."""
+    from tests.support import tiny_job  # few tests need it, and it imports all of the job
+
+    return partial(tiny_job.run, tmp_path / "log", job_text)
 
 
 class World:

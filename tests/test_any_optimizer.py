@@ -9,27 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
-from core.optimizer.optimizer_config import OptimizerConfig
 from core.optimizer.registry import entry_of
-from tests.test_layouts import VARIANTS
+from tests.support.variants import ALL, IDS, Shapes, config
 
 NAMES = list_optimizers()
-ALL = [(name, kwargs) for name in NAMES for kwargs in VARIANTS.get(name, [{}])]
-IDS = [f"{name}-{'-'.join(map(str, kwargs.values()))}" for name, kwargs in ALL]
-
-
-def config(name: str, kwargs: dict[str, Any], lr: float, weight_decay: float = 0.0) -> OptimizerConfig:
-    settings = {f"{name}_{argument}": value for argument, value in kwargs.items()}
-    return OptimizerConfig.from_dict({"optimizer": name, "lr": lr, "weight_decay": weight_decay, **settings})
-
-
-class Shapes(nn.Module):
-    """A parameter of each kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for i, shape in enumerate([(24, 64), (64, 24), (16,), (8, 4, 3, 3), ()]):
-            self.register_parameter(f"weight{i}", nn.Parameter(torch.full(shape, 0.5)))
 
 
 @pytest.mark.parametrize(("name", "kwargs"), ALL, ids=IDS)

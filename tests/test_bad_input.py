@@ -11,24 +11,17 @@ import pytest
 import torch
 
 from core.optimizer.emerging_optimizers import TensorParallelMuon, get_optimizer
+from tests.support.usage import check
 from tools.pretrain.arguments import parse_arguments
 from tools.pretrain.launch import Launch, Machine
 from tools.pretrain.model import GPT
-from tools.pretrain.param_rules import build_optimizer, check_rules
-from tools.pretrain.validation import check_device, gpt_config, validate
+from tools.pretrain.param_rules import build_optimizer
+from tools.pretrain.validation import check_device, gpt_config
 from tools.usage import UsageError
 
 ROOT = Path(__file__).parents[1]
-CPU = Machine()
 OLD_GPU, NEW_GPU = Machine(gpus=4, capability=(7, 5)), Machine(gpus=4, capability=(9, 0))
 QKV = "*.linear_qkv.weight"
-
-
-def check(line: list[str] | str, world: int = 1, machine: Machine = CPU, local_size: int = 1) -> None:
-    """All checks of the main job that come before its process group, for rank 0."""
-    args = parse_arguments(line.split() if isinstance(line, str) else line)
-    validate(args, Launch(world_size=world, local_size=local_size), machine)
-    check_rules(args, gpt_config(args, vocab_size=264))
 
 
 # What is wrong, by the name of the case; the command line; what the message must say.

@@ -11,7 +11,7 @@ from core.optimizer.optimizer_config import OptimizerConfig
 from core.optimizer.speculative_step import SpeculativeStep
 from core.process_groups_config import ProcessGroupCollection
 from core.sharding.parameter_layout import local
-from tests.test_parallel import TIED, UNTIED, batch, build, parameters
+from tests.support.small_gpt import TIED, UNTIED, batch, build, parameters
 from tools.plot.timeline import CHUNKS, Span, shares
 from tools.pretrain.bubble_step import BubbleStep
 from tools.pretrain.parallel import AXES

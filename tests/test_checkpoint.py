@@ -9,17 +9,8 @@ import torch
 
 from core.checkpoint import load, save
 from core.checkpoint.reader import SafeReader
-from tests.support.small_run import Cut, Run, differing, read_plainly, shared
+from tests.support.small_run import CUTS, Run, differing, read_plainly, shared
 
-CUTS = {
-    2: {"copies": Cut(dp=2), "tp2": Cut(tp=2), "dtensor": Cut(tp=2, dtensor=True), "pp2": Cut(pp=2)},
-    4: {
-        "copies": Cut(dp=4),
-        "tp2 dp2": Cut(dp=2, tp=2),
-        "pp2 tp2": Cut(pp=2, tp=2),
-        "pp2 tp2 dtensor": Cut(pp=2, tp=2, dtensor=True),
-    },
-}
 OPTIMIZERS = {
     "adamw": {"optimizer": "adamw"},
     "muon owner": {"optimizer": "muon", "muon_tp_mode": "owner"},

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from core.checkpoint import Background, load, save
 from core.checkpoint.directory import TRACKER
-from tests.test_checkpoint import Cut, Run
+from tests.support.small_run import Cut, Run
 
 KILLED, RAISED = 77, 3
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")

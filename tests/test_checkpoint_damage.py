@@ -16,7 +16,7 @@ from core.checkpoint import digests as sums
 from core.checkpoint.directory import TRACKER
 from core.checkpoint.manifest import FORMAT, NAME
 from core.checkpoint.reader import SafeReader
-from tests.test_checkpoint_errors import refused, saved
+from tests.support.saved_model import refused, saved
 
 
 def forge(directory: Path, **changes: Any) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,20 +18,8 @@ from core.optimizer.rules.adam import AdamW
 from core.optimizer.rules.sgd import SGD
 from core.process_groups_config import Axis
 from core.sharding.layout import Layout, Split
-from tests.support.small_run import Run, read_plainly, shared
-from tests.test_checkpoint import CUTS
-
-
-def model(width: int = 4, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(width)
-    return nn.Sequential(nn.Linear(3, width, bias=bias), nn.Linear(width, 2)).to(dtype)
-
-
-def saved(folder: Path, step: int = 5, **kwargs: Any) -> tuple[nn.Module, AdamW]:
-    net = model()
-    optimizer = AdamW(net.parameters(), lr=0.1, weight_decay=0.2)
-    save(folder, step=step, model_chunks=[net], optimizer=optimizer, **kwargs)
-    return net, optimizer
+from tests.support.saved_model import model, refused, saved
+from tests.support.small_run import CUTS, Run, read_plainly, shared
 
 
 def test_an_empty_directory_holds_no_checkpoint(tmp_path):
@@ -86,15 +73,6 @@ def test_python_objects_are_not_saved(tmp_path):
     with pytest.raises(CheckpointError, match="extra cannot be saved: Object of type object is not JSON serializable"):
         saved(tmp_path, extra={"it": object()})
     assert list(tmp_path.iterdir()) == []
-
-
-def refused(folder: Path, net: nn.Module, optimizer: Any) -> str:
-    """The error of loading into these, which must stay as they are."""
-    before = [p.detach().clone() for p in net.parameters()]
-    with pytest.raises(CheckpointError, match="does not fit this run; nothing was loaded") as error:
-        load(folder, model_chunks=[net], optimizer=optimizer)
-    assert all(torch.equal(p, x) for p, x in zip(net.parameters(), before, strict=True))
-    return str(error.value)
 
 
 def test_another_model_is_refused_with_one_table(tmp_path):

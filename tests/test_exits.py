@@ -4,40 +4,21 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from core.checkpoint import latest_step
-from tools.pretrain import job as pretrain
+from tests.support.tiny_job import both
 from tools.pretrain.arguments import parse_arguments
 from tools.pretrain.exits import SIGNALS, Exits
 from tools.pretrain.launch import Launch, Machine
 from tools.pretrain.parallel import Engine
-from tools.pretrain.report import Record, read_log
 from tools.pretrain.validation import validate
 from tools.usage import UsageError
 
-TINY = (
-    "--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --seed 3 --micro-batch-size 1 --global-batch-size 4 "
-    "--eval-interval 0 --lr 1e-2 --train-iters 6"
-).split()
-
 # torch's, where pytest holds the standard streams.
 pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
-
-
-@pytest.fixture
-def job(tmp_path, job_text):
-    """Runs the main job in this process; gives the rows of its log."""
-
-    def run(*flags: str) -> list[Record]:
-        pretrain.main([*TINY, "--data-path", job_text, "--log-dir", str(tmp_path / "log"), *flags])
-        return [replace(row, tokens_per_s=0) for row in read_log(tmp_path / "log")]
-
-    return run
 
 
 @pytest.fixture
@@ -55,10 +36,6 @@ def in_step(monkeypatch):
         monkeypatch.setattr(Engine, "train_step", step)
 
     return install
-
-
-def both(path: Path) -> tuple[str, ...]:
-    return "--save", str(path), "--load", str(path)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

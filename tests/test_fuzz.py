@@ -13,7 +13,7 @@ from torch import nn
 
 from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
 from core.optimizer.optimizer_config import OptimizerConfig
-from tests.test_bad_input import check
+from tests.support.usage import check
 from tools.pretrain.arguments import FLAGS, flag_of, parse_arguments
 from tools.pretrain.param_rules import parse_rule
 from tools.usage import UsageError

@@ -131,7 +131,7 @@ def test_another_error_is_left_as_it_is_and_told():
 
 
 def test_the_engine_tells_its_reductions():
-    from tests.test_parallel import UNTIED, batch
+    from tests.support.small_gpt import UNTIED, batch
 
     engine, told = Engine(UNTIED), []
     engine.tell = told.append

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.checkpoint import latest_step
-from tests.test_exits import both, job  # noqa: F401
+from tests.support.tiny_job import both
 from tools.pretrain.job import Job
 from tools.pretrain.parallel import Engine
 
@@ -48,7 +48,7 @@ def weights(monkeypatch):
     return kept
 
 
-def test_steps_that_are_left_out_count_and_the_schedule_moves_on(job, broken, weights, capsys):  # noqa: F811
+def test_steps_that_are_left_out_count_and_the_schedule_moves_on(job, broken, weights, capsys):
     whole = job()
     weights.clear()
     broken(1, 3, 4, value=-math.inf)
@@ -61,7 +61,7 @@ def test_steps_that_are_left_out_count_and_the_schedule_moves_on(job, broken, we
     assert rows[0].loss == whole[0].loss
 
 
-def test_an_error_names_the_step_and_saves_what_is_under_way(job, broken, tmp_path, capsys):  # noqa: F811
+def test_an_error_names_the_step_and_saves_what_is_under_way(job, broken, tmp_path, capsys):
     broken(5)
     with pytest.raises(SystemExit) as left:
         job(*both(tmp_path / "kept"), "--save-interval", "4", "--async-save")
@@ -71,7 +71,7 @@ def test_an_error_names_the_step_and_saves_what_is_under_way(job, broken, tmp_pa
     assert latest_step(tmp_path / "kept") == 4
 
 
-def test_counters_and_medians_come_back(job, broken, tmp_path, capsys):  # noqa: F811
+def test_counters_and_medians_come_back(job, broken, tmp_path, capsys):
     flags = (*both(tmp_path / "kept"), "--on-non-finite", "skip", "--max-skipped-steps", "3", "--save-interval", "1")
     broken(2, 3)
     job(*flags, "--exit-interval", "3")
@@ -83,7 +83,7 @@ def test_counters_and_medians_come_back(job, broken, tmp_path, capsys):  # noqa:
     )
 
 
-def test_a_norm_that_jumps_is_left_out(job, broken):  # noqa: F811
+def test_a_norm_that_jumps_is_left_out(job, broken):
     broken(5, value=1e4)
     rows = job("--skip-grad-norm-spike", "10", "--spike-window", "4")
     assert [row.skipped for row in rows] == [0, 0, 0, 0, 1, 1]
@@ -108,7 +108,7 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "kept"), [(("--save-interval", "1"), 1), (("--check-state-interval", "1"), None), ((), None)]
 )
-def test_poisoned_state_is_not_saved(job, poisoned, tmp_path, capsys, flags, kept):  # noqa: F811
+def test_poisoned_state_is_not_saved(job, poisoned, tmp_path, capsys, flags, kept):
     with pytest.raises(SystemExit) as left:
         job(*both(tmp_path / "kept"), *flags, "--on-non-finite", "skip")
     assert left.value.code == 2

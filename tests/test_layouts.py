@@ -10,40 +10,9 @@ import torch
 from core.optimizer.emerging_optimizers import list_optimizers
 from core.optimizer.registry import entry_of
 from tests.support.sharding import CUTS, REQUIRED, sharded, unsharded
+from tests.support.variants import VARIANTS
 
 STEPS = 10
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "micro_adam": [{"density": 0.1, "window": 4, "block_size": 100, "quant_block_size": 24}],
-    "adafactor": [
-        {"min_dim_size_to_factor": 8, "momentum": 0.9, "weight_decay_rate": 1e-3},
-        {"min_dim_size_to_factor": 20},  # between the sizes of shards and wholes
-        {"variant": "torch"},
-        {"variant": "forgather", "multiply_by_parameter_scale": True},
-    ],
-    "apollo": [
-        {"rank": 3},
-        {"rank": 3, "projector": "orthogonal", "mini": True, "update_steps": 3, "lazy": False},
-        {"rank": 2, "projector": "online_pca", "update_steps": 3, "decay_after": True},
-        {"rank": 2, "projector": "online_pca", "pca_orthonormalize": "norm", "scale": 4.0, "scale_front": True},
-    ],
-    "bge_adam": [{"variant": "paper"}, {"variant": "entropy"}],
-    "hn_adam": [{"lam0": 3.3}, {"lam0": 2.2}, {"variant": "trustformers"}],
-    "lamb": [{}, {"max_grad_norm": 1.0}],
-    "mars": [{"clip": "global"}, {"clip": "tensor"}],
-    "adaptive_muon": [{"moment2_method": "normuon"}, {"align_rms": True}, {"moment2_method": "namo"}],
-    "adam": [{}, {"eps_root": 1e-6, "mu_dtype": "float32"}],
-    "ademamix": [{"alpha_warmup": 6, "beta3_warmup": 8}, {"betas": (0.0, 0.999, 0.9999)}],
-    "rmsprop": [{"momentum": 0.9, "nesterov": True, "initial_scale": 1.0}, {"variant": "torch"}],
-    "schedule_free_adamw": [{"warmup_steps": 4}],
-    "muon_optax": [{}, {"nesterov": False, "adaptive": True}],
-    "sgd": [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5}],
-    "shampoo": [{"precondition_frequency": 3}, {"beta": 0.9, "momentum": 0.9, "grafting": "adagrad"}],
-    "soap": [{"precondition_frequency": 2}, {"max_precond_dim": 30, "normalize_grads": True}],
-    "quad": [{"block_size": 16}, {"block_size": 16, "max_size_dense": 40, "normalize_grads": True}],
-    "skew": [{"block_size": 16}, {"block_size": 16, "max_size_dense": 40}],
-}
-"""Settings to try of optimizers that have several rules; the others run as they are, by being registered."""
-
 THOROUGH = ("muon", "adaptive_muon", "lamb", "shampoo")
 """One rule for each way to the whole, tried on every cut with the first of its settings: the first of them by day, the others
 behind the marker ``soak``. All others are tried on :data:`REQUIRED`.

@@ -5,12 +5,12 @@ import torch
 
 from core import checkpoint
 from core.optimizer.rules.sophia import Sophia
-from tests.test_parallel import TIED, UNTIED, Engine, batch, build, parameters, whole
+from tests.support.small_gpt import TIED, UNTIED, batch, build, parameters, whole
 from tools import optimizer_runs
 from tools.check_layouts import Layout, largest_difference, train
 from tools.pretrain.job import Job, prepare
 from tools.pretrain.launch import Launch
-from tools.pretrain.parallel import _pick
+from tools.pretrain.parallel import Engine, _pick
 from tools.pretrain.report import Record, read_log
 
 TINY = (

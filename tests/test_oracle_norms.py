@@ -22,7 +22,7 @@ from core.philox import Key, normal
 from core.process_groups_config import ProcessGroupCollection
 from core.sharding.layout import Layout
 from tests.support.sharding import Weights
-from tests.test_clip import LAYOUTS, gradients, part
+from tests.support.whole_and_part import LAYOUTS, gradients, part
 
 SHAPES = [(5, 12), (12, 5), (7,), (3, 4, 5), ()]
 STEPS = 12

@@ -20,7 +20,7 @@ from core.optimizer.emerging_optimizers import list_optimizers
 from core.optimizer.registry import entry_of
 from tests.support.processes import on_ranks
 from tests.support.small_run import Cut, Run, differing, read_plainly
-from tests.test_layouts import VARIANTS
+from tests.support.variants import VARIANTS
 
 CUTS: dict[str, Cut] = {
     "one": Cut(),

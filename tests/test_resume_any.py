@@ -23,7 +23,7 @@ from tests.support.sharding import (
     whole_gradient,
     whole_parameters,
 )
-from tests.test_layouts import VARIANTS
+from tests.support.variants import VARIANTS
 
 HALF = 4
 BEFORE, AFTER = "tp rows, dp columns", "columns"

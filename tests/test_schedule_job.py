@@ -5,7 +5,7 @@ import torch
 
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
-from tests.test_bad_input import check
+from tests.support.usage import check
 from tools.plot import schedule as plot_schedule
 from tools.pretrain.arguments import parse_arguments
 from tools.pretrain.job import main

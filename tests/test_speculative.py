@@ -6,7 +6,7 @@ from torch import Tensor
 
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.speculative_step import SpeculativeStep
-from tests.test_any_optimizer import ALL, IDS, Shapes, config
+from tests.support.variants import ALL, IDS, Shapes, config
 
 
 def gradients(model: Shapes, step: int) -> None:

@@ -137,6 +137,16 @@ def test_only_the_engine_communicates() -> None:
     assert not wrong, f"rules yield requests, and the engine answers them: {wrong}"
 
 
+def test_no_test_is_imported() -> None:
+    wrong = [
+        f"{name(path)}:{line}: {full}"
+        for path in MODULES
+        for line, full in full_names(ast.parse(path.read_text()))
+        if full.startswith("tests.test_")
+    ]
+    assert not wrong, f"what tests share stands in tests/support: {wrong}"
+
+
 @pytest.mark.parametrize(
     ("source", "found"),
     [

@@ -13,7 +13,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from tools.pretrain import job as pretrain
 
-PRELOAD = ["tests.test_layouts", "tests.support.small_run", "tools.pretrain.job"]
+PRELOAD = ["tests.support.variants", "tests.support.small_run", "tools.pretrain.job"]
 
 
 def on_ranks(size: int, work: Callable[..., None], *args: Any) -> None:

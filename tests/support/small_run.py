@@ -249,3 +249,15 @@ def shared(path: Path) -> Path:
 
 def differing(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     return [key for key in expected if not torch.equal(got[key], expected[key])]
+
+
+CUTS = {
+    2: {"copies": Cut(dp=2), "tp2": Cut(tp=2), "dtensor": Cut(tp=2, dtensor=True), "pp2": Cut(pp=2)},
+    4: {
+        "copies": Cut(dp=4),
+        "tp2 dp2": Cut(dp=2, tp=2),
+        "pp2 tp2": Cut(pp=2, tp=2),
+        "pp2 tp2 dtensor": Cut(pp=2, tp=2, dtensor=True),
+    },
+}
+"""Layouts by the number of ranks, then by name."""
