@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from tools.bench import virtual as bench_virtual
+from tools.bench import virtual
 from tools.bench.figures import DISTRIBUTED, DUPLICATED, FIGURES, figures_table
 from tools.bench.measure import Result
 from tools.bench.tables import markdown, rows, virtual_rows
@@ -81,15 +81,15 @@ def test_a_peer_that_is_missing_is_not_measured() -> None:
     assert "not measured" in line(figures_table([measured]), "best exact mode", "4 ranks", "512")
 
 
-def virtual(name: str, ranks: int, cpu: float) -> bench_virtual.Result:
-    return bench_virtual.Result(name, True, "shardstep" in name, ranks, 0, [cpu] * 3, int(cpu * 1000))
+def one_rank(name: str, ranks: int, cpu: float) -> virtual.Result:
+    return virtual.Result(name, True, "shardstep" in name, ranks, 0, [cpu] * 3, int(cpu * 1000))
 
 
 @pytest.mark.parametrize(("at_8", "met"), [(0.14, "yes"), (0.15, "no: time")])
 def test_scaling_is_the_time_of_a_rank_times_the_ranks(at_8: float, met: str) -> None:
     measured = [
-        *(virtual("shardstep owner", n, t) for n, t in ((1, 1.0), (2, 0.5), (4, 0.25), (8, at_8))),
-        *(virtual(DUPLICATED, n, 2.0) for n in (1, 2, 4, 8)),
+        *(one_rank("shardstep owner", n, t) for n, t in ((1, 1.0), (2, 0.5), (4, 0.25), (8, at_8))),
+        *(one_rank(DUPLICATED, n, 2.0) for n in (1, 2, 4, 8)),
     ]
     run = report("virtual", 8, *measured)
     found = line(figures_table([run]), "virtual")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tools.bench import command as bench
-from tools.bench import virtual as bench_virtual
+from tools.bench import virtual
 from tools.bench.cases import Candidate
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +26,10 @@ def test_shares_of_the_work(tmp_path):
         [sys.executable, "-m", "tools.bench", *flags], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    results = [bench_virtual.Result(**result) for result in json.loads(out.read_text())["results"]]
+    results = [virtual.Result(**result) for result in json.loads(out.read_text())["results"]]
     assert len(results) == 2 + 2 * 7
     assert all(len(result.cpu) == 2 for result in results)
-    work = {(r.name, r.ranks): bench_virtual.scaling(r, results)[1] for r in results}
+    work = {(r.name, r.ranks): virtual.scaling(r, results)[1] for r in results}
     for ranks in (2, 4):
         # Everybody does all of it.
         assert work["shardstep duplicated", ranks] == work["Megatron-Core duplicated", ranks] == ranks
@@ -47,7 +47,7 @@ def test_it_is_for_one_process(world, capsys):
 
 def test_noise_is_received_and_counted(world):
     sent, received = torch.zeros(4, 5), torch.full((4, 5), torch.nan)
-    with bench_virtual.Noise() as noise:
+    with virtual.Noise() as noise:
         dist.all_gather([received], sent)
         dist.all_reduce(sent)
     assert noise.filled == 1
@@ -64,7 +64,7 @@ def test_a_collective_that_is_not_filled_is_an_error(world):
             dist.distributed_c10d.all_gather([received], sent)
 
     with (
-        bench_virtual.Noise() as noise,
+        virtual.Noise() as noise,
         pytest.raises(RuntimeError, match="hidden took 1 collectives that receive, and 0"),
     ):
-        bench_virtual._flops(Candidate("hidden", Hidden(), []), noise)
+        virtual._flops(Candidate("hidden", Hidden(), []), noise)

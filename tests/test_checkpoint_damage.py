@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from core.checkpoint import CheckpointError, load
-from core.checkpoint import digests as sums
+from core.checkpoint import CheckpointError, digests, load
 from core.checkpoint.directory import TRACKER
 from core.checkpoint.manifest import FORMAT, NAME
 from core.checkpoint.reader import SafeReader
@@ -22,16 +21,16 @@ from tests.support.saved_model import refused, saved
 def forge(directory: Path, **changes: Any) -> None:
     """Let manifest and digests say what is there, as one who means harm would."""
     folder = directory / "iter_0000005"
-    files = {f.name: f.stat().st_size for f in folder.iterdir() if f.name not in (NAME, sums.NAME)}
+    files = {f.name: f.stat().st_size for f in folder.iterdir() if f.name not in (NAME, digests.NAME)}
     manifest = json.loads((folder / NAME).read_text()) | {"files": files} | changes
     (folder / NAME).write_text(json.dumps(manifest))
-    (folder / sums.NAME).write_text(sums.text(sums.digests(folder, [NAME, *files])))
+    (folder / digests.NAME).write_text(digests.text(digests.digests(folder, [NAME, *files])))
 
 
 def resum(directory: Path) -> None:
     folder = directory / "iter_0000005"
-    names = [f.name for f in folder.iterdir() if f.name != sums.NAME]
-    (folder / sums.NAME).write_text(sums.text(sums.digests(folder, names)))
+    names = [f.name for f in folder.iterdir() if f.name != digests.NAME]
+    (folder / digests.NAME).write_text(digests.text(digests.digests(folder, names)))
 
 
 def flip(path: Path) -> None:
@@ -60,9 +59,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "does not exist; give the directory that --save wrote to",
     ),
     "no manifest": (lambda d: (d / "iter_0000005" / NAME).unlink(), "was not written by this package, or is damaged"),
-    "no digests": (lambda d: (d / "iter_0000005" / sums.NAME).unlink(), "SHA256SUMS is damaged: No such file"),
+    "no digests": (lambda d: (d / "iter_0000005" / digests.NAME).unlink(), "SHA256SUMS is damaged: No such file"),
     "digests are cut": (
-        lambda d: os.truncate(d / "iter_0000005" / sums.NAME, 100),
+        lambda d: os.truncate(d / "iter_0000005" / digests.NAME, 100),
         "SHA256SUMS is damaged: it is not a list of SHA-256 digests",
     ),
     "manifest is cut": (

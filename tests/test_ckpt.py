@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.checkpoint import digests as sums
-from core.checkpoint import save
+from core.checkpoint import digests, save
 from core.checkpoint.directory import TRACKER
 from core.checkpoint.manifest import NAME
 from core.checkpoint.reader import SafeReader
@@ -21,6 +20,7 @@ from tests.support.checkpoints import STEP, flip, same, saved, trained
 from tests.support.small_run import Cut, Run, noise, shared
 from tools.ckpt import command as ckpt
 from tools.ckpt import writer as ckpt_write
+from tools.ckpt.diff import distance
 
 
 def test_inspect_says_what_there_is(tmp_path, capsys):
@@ -35,7 +35,7 @@ def test_inspect_says_what_there_is(tmp_path, capsys):
     assert ["optimizer.state.step.2.bias", "float32", "scalar", "4", "1", "1"] in lines
     assert f"torch {torch.__version__}" in out
     assert "model.2.weight" not in out
-    written = sum(file.stat().st_size for file in (tmp_path / STEP).iterdir() if file.name not in (NAME, sums.NAME))
+    written = sum(file.stat().st_size for file in (tmp_path / STEP).iterdir() if file.name not in (NAME, digests.NAME))
     assert f"{written:,} in 3 files" in out
 
 
@@ -182,10 +182,10 @@ def as_file(directory: Path) -> Path:
     ],
 )
 def test_values_that_are_hard_to_compare(x, y, largest):
-    found = ckpt.ckpt_diff.distance("x", torch.tensor(x), torch.tensor(y))
+    found = distance("x", torch.tensor(x), torch.tensor(y))
     assert not found.equal
     assert found.largest == pytest.approx(largest, nan_ok=True)
-    assert ckpt.ckpt_diff.distance("x", torch.tensor(x), torch.tensor(x)).equal
+    assert distance("x", torch.tensor(x), torch.tensor(x)).equal
 
 
 @pytest.mark.parametrize("files", [1, 3, 4])

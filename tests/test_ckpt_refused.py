@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 from torch.distributed.checkpoint import metadata
 
-from core.checkpoint import digests as sums
-from core.checkpoint import save
+from core.checkpoint import digests, save
 from core.checkpoint.contents import base_of
 from core.checkpoint.directory import TRACKER
 from core.checkpoint.manifest import NAME
@@ -212,7 +211,7 @@ def changed_metadata(draw: st.DrawFn) -> Callable[[Path], Any]:
 RANDOM = {
     "manifest": (changed_manifest(), True),
     "manifest of random bytes": (random_file(f"{STEP}/{NAME}"), True),
-    "digests": (random_file(f"{STEP}/{sums.NAME}") | changed_file(f"{STEP}/{sums.NAME}"), False),
+    "digests": (random_file(f"{STEP}/{digests.NAME}") | changed_file(f"{STEP}/{digests.NAME}"), False),
     "metadata": (random_file(f"{STEP}/.metadata") | changed_file(f"{STEP}/.metadata") | changed_metadata(), True),
     "tracker": (
         random_file(TRACKER) | st.text(max_size=20).map(lambda text: lambda run: (run / TRACKER).write_text(text)),

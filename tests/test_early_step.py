@@ -11,7 +11,7 @@ from core.optimizer.early_step import EarlyStep
 from core.optimizer.rules.adam import AdamW
 from core.optimizer.rules.lion import Lion
 from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
-from core.optimizer.steps import stacked as buckets
+from core.optimizer.steps import stacked
 from core.process_groups_config import ProcessGroupCollection
 
 
@@ -96,7 +96,7 @@ def test_it_is_the_step_that_follows_backward(world, monkeypatch, wave, mode):
 def test_matrices_leave_while_backward_runs(world, monkeypatch):
     monkeypatch.setenv(engine.WAVE, "1")
     # A bucket is ready when all its matrices are.
-    monkeypatch.setitem(buckets.STACK_BYTES, "cpu", 1)
+    monkeypatch.setitem(stacked.STACK_BYTES, "cpu", 1)
     groups = ProcessGroupCollection.from_mesh(world.mesh((world.size,), ("tp",)))
     model = Stack(groups.tp)
     optimizer = chain(model, groups)

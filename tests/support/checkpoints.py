@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 
-from core.checkpoint import digests as sums
-from core.checkpoint import load, save
+from core.checkpoint import digests, load, save
 from core.checkpoint.manifest import NAME
 from core.optimizer.rules.adam import AdamW
 from core.optimizer.rules.sgd import SGD
@@ -67,8 +66,8 @@ def sign(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    files = [file.name for file in folder.iterdir() if file.name != sums.NAME]
-    (folder / sums.NAME).write_text(sums.text(sums.digests(folder, files)))
+    files = [file.name for file in folder.iterdir() if file.name != digests.NAME]
+    (folder / digests.NAME).write_text(digests.text(digests.digests(folder, files)))
 
 
 def flip(path: Path, at: int | None = None) -> None:

@@ -29,9 +29,7 @@ import torch.distributed as dist
 from ..pretrain.launch import Launch
 from ..pretrain.report import format_rows
 from ..usage import UsageError, refuse
-from . import cases as cases
-from . import virtual as bench_virtual
-from . import whole_step as bench_whole_step
+from . import cases, virtual, whole_step
 from .figures import SIZES, figures_table
 from .measure import measure
 from .tables import markdown, of_report
@@ -82,12 +80,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results: Sequence[Any]
     if options.virtual:
         case, ranks = "virtual", options.virtual
-        results = bench_virtual.run(options.virtual, matrices, options.precision, options.reps, options.only)
+        results = virtual.run(options.virtual, matrices, options.precision, options.reps, options.only)
     elif options.whole_step:
         assert group is not None
         case = "whole step"
-        others = bench_whole_step.gpt_others(options.hidden, options.layers, options.vocabulary)
-        candidates = bench_whole_step.candidates(matrices, others, options.precision, group, options.only)
+        others = whole_step.gpt_others(options.hidden, options.layers, options.vocabulary)
+        candidates = whole_step.candidates(matrices, others, options.precision, group, options.only)
         results = measure(candidates, matrices, options.reps, group, others)
     else:
         makers = (
@@ -162,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--vocabulary",
         type=int,
-        default=bench_whole_step.VOCABULARY,
+        default=whole_step.VOCABULARY,
         help="rows of the embedding of --whole-step (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every timed step there")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import virtual as bench_virtual
+from . import virtual
 from .cases import MEGATRON_EXACT
 from .tables import Clock, Row, cpu, errors, results, table, wall
 
@@ -105,13 +105,13 @@ def _ratio(ours: Any, theirs: Sequence[Any], clock: Clock) -> str:
 
 
 def _scaling(report: dict[str, Any]) -> Row:
-    measured: list[bench_virtual.Result] = results(report)
+    measured: list[virtual.Result] = results(report)
     at = f"{report['hidden']} x {report['layers']}, virtual, {report['precision']}"
     ours = {
         ranks: min((r for r in measured if r.ours and r.exact and r.ranks == ranks), key=cpu, default=None)
         for ranks in SCALING_RANKS
     }
-    shares = {n: bench_virtual.scaling(r, measured)[0] for n, r in ours.items() if r is not None}
+    shares = {n: virtual.scaling(r, measured)[0] for n, r in ours.items() if r is not None}
     against = f"one process, 1/t, t = {', '.join(map(str, SCALING_RANKS))}"
     if len(shares) < len(SCALING_RANKS):
         return against, at, "not measured", "", f"{SCALING:.2f}", "", ""

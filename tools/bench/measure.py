@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor.debug import CommDebugMode
 
-from . import cases as cases
+from . import cases
 from .cases import Candidate, Matrix, Steps
 from .whole_step import Other
 

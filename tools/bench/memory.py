@@ -30,8 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..pretrain.launch import Launch
 from ..pretrain.report import format_rows
 from ..usage import UsageError, refuse
-from . import cases as cases
-from . import virtual as bench_virtual
+from . import cases, virtual
 from .command import PRECISIONS
 
 LIMIT = 20
@@ -182,9 +181,9 @@ def run(options: argparse.Namespace, fake: ProcessGroup, real: ProcessGroup) -> 
         matrices = cases.gpt_matrices(options.hidden, layers)
         gradients = [cases.shard(m.gradient(), m.cut, fake).to(options.device) for m in matrices]
         for name in chosen:
-            with bench_virtual.Noise():
+            with virtual.Noise():
                 taken = counted(to_count[name], cases.parameters(matrices, gradients, fake, options.device))
-            with bench_virtual.Noise() if real is fake else nullcontext():
+            with virtual.Noise() if real is fake else nullcontext():
                 optimizer = stepped(to_run[name], cases.parameters(matrices, gradients, real, options.device))
                 rss = rss_growth(optimizer.step)
             found = torch.tensor([*taken, rss], dtype=torch.float64, device=options.device)
@@ -231,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _groups(options: argparse.Namespace, rank: int) -> Iterator[tuple[ProcessGroup, ProcessGroup]]:
     """The fake and the real group; twice the fake one where there are no ranks."""
     if options.virtual:
-        with bench_virtual.world(options.virtual) as groups:
+        with virtual.world(options.virtual) as groups:
             fake = groups(options.virtual, 0)
             yield fake, fake
         return

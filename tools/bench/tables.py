@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import virtual as bench_virtual
+from . import virtual
 from .cases import MEGATRON
 from .measure import Result
 
@@ -65,7 +65,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
     return lines
 
 
-def virtual_rows(results: Sequence[bench_virtual.Result]) -> list[Row]:
+def virtual_rows(results: Sequence[virtual.Result]) -> list[Row]:
     """A head and a line for each number of ranks and candidate.
 
     The time and the operations of the rank, times the number of ranks, over those of one process: 1 is perfect scaling.
@@ -79,7 +79,7 @@ def virtual_rows(results: Sequence[bench_virtual.Result]) -> list[Row]:
             lines.append(("ranks", "optimizer", "rank", "CPU s, median (min)", *scaling, *head))
         for r, of_cpu in zip(of, columns, strict=True):
             name = r.name if r.exact else f"{r.name} (inexact)"
-            share = (f"{x:.2f}" for x in bench_virtual.scaling(r, results))
+            share = (f"{x:.2f}" for x in virtual.scaling(r, results))
             lines.append((str(ranks), name, str(r.rank), seconds(r.cpu), *share, *of_cpu))
     return lines
 
@@ -91,7 +91,7 @@ def of_report(report: dict[str, Any]) -> list[Row]:
 
 def results(report: dict[str, Any]) -> list[Any]:
     """What one run measured."""
-    cls: Any = bench_virtual.Result if report["case"] == "virtual" else Result
+    cls: Any = virtual.Result if report["case"] == "virtual" else Result
     return [cls(**result) for result in report["results"]]
 
 

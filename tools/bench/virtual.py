@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..usage import UsageError
-from . import cases as cases
+from . import cases
 from .cases import MEGATRON_EXACT, OWNER, Candidate, Matrix
 
 

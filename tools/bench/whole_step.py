@@ -11,7 +11,7 @@ from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from core.process_groups_config import ProcessGroupCollection
 
-from . import cases as cases
+from . import cases
 from .cases import Candidate, Matrix, Parameters, Steps
 
 VOCABULARY = 50304

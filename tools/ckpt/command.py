@@ -28,7 +28,7 @@ from core.checkpoint.contents import base_of
 
 from ..pretrain.report import format_rows
 from ..usage import UsageError, refuse
-from . import diff as ckpt_diff
+from .diff import keys, manifest_rows, objects, values
 from .megatron import LAYERS, WEIGHTS, from_megatron, to_megatron
 from .source import Source, find, open_source
 from .torch_file import from_torch, to_torch
@@ -103,18 +103,18 @@ def verify(options: argparse.Namespace) -> int:
 def diff(options: argparse.Namespace) -> int:
     """What differs between two checkpoints."""
     a, b = (open_source(path, options.step) for path in (options.a, options.b))
-    rows = [*ckpt_diff.said(a.manifest, b.manifest), *ckpt_diff.keys(a, b)]
+    rows = [*manifest_rows(a.manifest, b.manifest), *keys(a, b)]
     if rows:
         print("\n".join(format_rows([("", "in A", "in B"), *rows])))
     differ = bool(rows)
     if options.values:
-        found = ckpt_diff.values(a, b)
+        found = values(a, b)
         apart = [d for d in found if not d.equal]
         if apart:
             table = [(d.key, f"{d.largest:.3e}", f"{d.relative:.3e}") for d in apart]
             print("\n".join(format_rows([("values of", "largest difference", "relative"), *table])))
-        objects = ckpt_diff.objects(a, b)
-        print("".join(f"{key}, which is not a tensor, is not stored alike\n" for key in objects), end="")
+        unlike = objects(a, b)
+        print("".join(f"{key}, which is not a tensor, is not stored alike\n" for key in unlike), end="")
         print(f"{len(found) - len(apart)} of {len(found)} tensors that both have are equal, bit for bit")
         differ = differ or bool(apart) or bool(objects)
     elif not differ:

@@ -33,7 +33,7 @@ class Distance:
     relative: float
 
 
-def said(a: Manifest, b: Manifest) -> Iterator[tuple[str, str, str]]:
+def manifest_rows(a: Manifest, b: Manifest) -> Iterator[tuple[str, str, str]]:
     """``(what, in a, in b)`` for all that two manifests say of the runs and that is not the same."""
     for name in ("step", "consumed_samples", "layout", "optimizers", "config"):
         yield from _differing(name, getattr(a, name), getattr(b, name))

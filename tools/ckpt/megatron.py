@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.checkpoint import CheckpointError
-from core.checkpoint import digests as sums
+from core.checkpoint import CheckpointError, digests
 from core.checkpoint.contents import MODEL, STATE, Group, base_of, parameter_of
 from core.checkpoint.directory import MEGATRON
 from core.checkpoint.manifest import Manifest, config_digest
@@ -52,7 +51,7 @@ def from_megatron(path: str, step: int | None, directory: str, files: int) -> tu
     """
     folder = find(path, step)[0]
     _check_format(folder)
-    reader = open_source(str(folder)).verified().reader if (folder / sums.NAME).exists() else safe_reader(folder)
+    reader = open_source(str(folder)).verified().reader if (folder / digests.NAME).exists() else safe_reader(folder)
     common, write_common = _common(folder, reader)
     keys = {_CHAINED.sub("", key): key for key in reader.tensors()}
     _check_keys(folder, keys)

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from core.checkpoint import CheckpointError, directory, manifest
-from core.checkpoint import digests as sums
+from core.checkpoint import CheckpointError, digests, directory, manifest
 from core.checkpoint.manifest import Manifest
 from core.checkpoint.reader import SafeReader
 
@@ -58,7 +57,7 @@ class Source:
 
     def verify(self) -> list[str]:
         """Names of the files whose contents are not what was written."""
-        return sums.wrong(self.folder, self.digests, sorted(self.manifest.files))
+        return digests.wrong(self.folder, self.digests, sorted(self.manifest.files))
 
     def verified(self) -> "Source":
         """This one.

@@ -17,7 +17,7 @@ from core.cost.model import COSTS, Machine, Matrices, predict
 from core.process_groups_config import ProcessGroupCollection
 from core.sharding.tp_modes import TP_MODES
 
-from ..bench import cases as cases
+from ..bench import cases
 from ..bench.measure import measure
 from ..pretrain.launch import Launch
 from ..pretrain.report import format_rows
