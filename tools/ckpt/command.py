@@ -116,7 +116,7 @@ def diff(options: argparse.Namespace) -> int:
         unlike = objects(a, b)
         print("".join(f"{key}, which is not a tensor, is not stored alike\n" for key in unlike), end="")
         print(f"{len(found) - len(apart)} of {len(found)} tensors that both have are equal, bit for bit")
-        differ = differ or bool(apart) or bool(objects)
+        differ = differ or bool(apart) or bool(unlike)
     elif not differ:
         print("no difference in settings, keys, dtypes and shapes; values were not compared (--values)")
     return WRONG if differ else 0
