@@ -17,7 +17,7 @@ from core.cost.measure import measure
 from core.cost.model import COSTS, Link, Machine, Matrices, exact_costs, predict, team_size
 from core.linalg.matmul_precision import matmul_precision
 from core.linalg.newton_schulz import coefficients, newton_schulz
-from core.linalg.newton_schulz_cost import flops
+from core.linalg.newton_schulz_cost import total_flops
 from core.process_groups_config import ProcessGroupCollection
 from core.sharding.dealing import deal_to_least
 from core.sharding.layout import Layout
@@ -121,7 +121,7 @@ def test_operations_are_those_that_are_executed(shape, dtype, iterations):
     steps = newton_schulz(x, Layout.whole(shape), coefs=coefficients("quintic", iterations), precision="highest")
     with FlopCounterMode(display=False) as counted:
         engine.run([("x", steps)])
-    assert flops(*shape, dtype.itemsize, iterations=iterations, device="cpu") == counted.get_total_flops()
+    assert total_flops(*shape, dtype.itemsize, iterations=iterations, device="cpu") == counted.get_total_flops()
 
 
 def check_collectives(ranks: int) -> None:

@@ -255,7 +255,7 @@ def test_no_factor_is_compiled_for_a_norm(monkeypatch):
 def test_accelerators_are_never_waited_for(shape, dtype, precision, variant, whole):
     """A tensor without memory has no value to read."""
     x, wide = torch.empty(2, *shape, dtype=dtype, device="meta"), shape[0] <= shape[1]
-    steps = iterate(x, variant.groups(QUINTIC), variant.dtype, wide=wide, whole=whole, scale=2.0, eps=1e-9)
+    steps = iterate(x, variant.groups(QUINTIC), variant.dtype, wide=wide, is_whole=whole, scale=2.0, eps=1e-9)
     gram = next(steps)
     with pytest.raises(StopIteration) as end:
         while True:

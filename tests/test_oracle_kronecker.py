@@ -9,7 +9,7 @@ import pytorch_optimizer
 import torch
 from torch import Tensor
 
-from core.linalg.roots import inverse_root
+from core.linalg.roots import matrix_inverse_root
 from core.optimizer.rules.shampoo_soap import Shampoo, Soap
 
 STEPS = 12
@@ -92,7 +92,7 @@ def test_shampoo_equals_the_formula(shape, beta, momentum, every, grafting):
 def test_inverse_root(order):
     x = torch.tensor(gradients((7, 4))[0])
     a = x @ x.mT
-    root = inverse_root(a, order, eps=0.1)
+    root = matrix_inverse_root(a, order, eps=0.1)
     wanted = torch.eye(7, dtype=a.dtype)
     torch.testing.assert_close(torch.linalg.matrix_power(root, order) @ (a + 0.1 * wanted), wanted, rtol=0, atol=1e-11)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from ..engine import wave_entries
-from ..linalg.newton_schulz import flops
+from ..linalg.newton_schulz import relative_cost
 from ..linalg.newton_schulz_cost import Work, newton_schulz_work
 from ..sharding.tp_modes import TP_MODES
 from .dealing import deal, waves_of
@@ -269,7 +269,9 @@ def _distributed(kinds: Sequence[Matrices], machine: Machine, iterations: int, w
 
 
 def _number_of_waves(kinds: Sequence[Matrices], brought: Sequence[float], wave: int, workers: int = 1) -> int:
-    dearest_first = sorted(zip(kinds, brought, strict=True), key=lambda pair: -flops(pair[0].rows, pair[0].cols))
+    dearest_first = sorted(
+        zip(kinds, brought, strict=True), key=lambda pair: -relative_cost(pair[0].rows, pair[0].cols)
+    )
     return waves_of([(kind.count, entries) for kind, entries in dearest_first], max(float(wave), *brought), workers)
 
 

@@ -1,4 +1,4 @@
-"""Which variant of the Newton-Schulz iteration each shape takes: by the static rule, by measurement, or as a file says."""
+"""Choice of the Newton-Schulz variant for each shape: by the static rule, by measurement, or from a plan file."""
 
 import json
 import os
@@ -20,10 +20,10 @@ Shape = tuple[int, int]
 Plan = dict[Shape, Variant]
 
 FORMAT = 1
-"""Of plan files; another one is not read."""
+"""Version of the format of plan files; files of another version are refused."""
 
-REPS = 3
-"""Timed runs of a variant, after one that is not; the shortest counts."""
+TIMED_RUNS = 3
+"""Timed runs of each variant, after one run that is not timed; the shortest time counts."""
 
 
 def plan_for(
@@ -36,20 +36,21 @@ def plan_for(
     coefs: Coefficients,
     agree: Callable[[Callable[[], Plan]], Plan] | None = None,
 ) -> Plan:
-    """The variant of whole matrices of each shape.
+    """The variant for whole matrices of each shape.
 
     Ranks that run the same matrices must use the same plan, or their results differ by rounding.
 
     Args:
-        choice: ``static``: :func:`.variants.variant_for`; nothing is measured, read or written. ``tune``: the fastest on this
-            device of those that are as accurate; kept in :func:`cache_file`, so that later runs neither measure nor differ.
-            Otherwise the path of a plan file that ``tune`` wrote.
+        choice: ``static``: the result of :func:`.variants.variant_for`; nothing is measured, read or written. ``tune``: the
+            fastest variant on this device among those that are as accurate; it is kept in :func:`cache_file`, so that later
+            runs neither measure again nor choose differently. Otherwise the path of a plan file that ``tune`` wrote.
         shapes: (rows, cols) of whole matrices.
-        dtype: In which they are given to :func:`.newton_schulz.newton_schulz`.
+        dtype: Dtype of the matrices that :func:`.newton_schulz.newton_schulz` gets.
         precision: ``highest``, ``high`` or ``medium``.
-        device: Where they are.
-        coefs: Polynomial of each iteration.
-        agree: Calls its argument on one rank and returns the result on all; default: for one rank. Not called for ``static``.
+        device: Device of the matrices.
+        coefs: Coefficients of each iteration.
+        agree: Function that calls its argument on one rank and returns the result on all; not called for ``static``. None on a
+            single rank.
 
     Raises:
         ValueError: for a file that cannot be read, lacks a shape, or names a variant that cannot be used for it.
@@ -63,13 +64,15 @@ def plan_for(
 
 
 def cache_file() -> Path:
-    """Where ``tune`` keeps what it measured: ``$XDG_CACHE_HOME/shardstep/newton_schulz.json``, or the same in ``~/.cache``."""
+    """Plan file that ``tune`` writes: ``$XDG_CACHE_HOME/shardstep/newton_schulz.json``, by default in ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "shardstep" / "newton_schulz.json"
 
 
 @dataclass(frozen=True)
 class _Case:
+    """All that a choice of variants depends on, but for the shape."""
+
     dtype: torch.dtype
     precision: str
     device: torch.device
@@ -87,33 +90,33 @@ class _Case:
 
 def _tuned(case: _Case, shapes: Sequence[Shape]) -> Plan:
     path = cache_file()
-    known = _read(path) if path.exists() else {}
+    cached = _read(path) if path.exists() else {}
     plan: Plan = {}
-    fresh: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for shape in shapes:
         key = case.key(shape)
-        kept = _variant(known[key], path) if key in known else None
+        variant = _variant(cached[key], path) if key in cached else None
         # Another release may have allowed other variants.
-        if kept not in case.possible(shape):
-            spent = _seconds(case, shape)
-            kept = min(spent, key=spent.__getitem__)
-            fresh[key] = kept.to_json()
-        plan[shape] = kept
-    if fresh:
-        _write(path, {**(_read(path) if path.exists() else {}), **fresh})
+        if variant not in case.possible(shape):
+            seconds = _seconds(case, shape)
+            variant = min(seconds, key=seconds.__getitem__)
+            measured[key] = variant.to_json()
+        plan[shape] = variant
+    if measured:
+        _write(path, {**(_read(path) if path.exists() else {}), **measured})
     return plan
 
 
 def _pinned(case: _Case, shapes: Sequence[Shape], path: Path) -> Plan:
-    known = _read(path)
+    pinned = _read(path)
     plan: Plan = {}
     for shape in shapes:
         key = case.key(shape)
-        if key not in known:
+        if key not in pinned:
             raise ValueError(
                 f"{path} has no entry {key!r}. Run once with 'tune' on this device: it writes {cache_file()}."
             )
-        plan[shape] = _variant(known[key], path)
+        plan[shape] = _variant(pinned[key], path)
         if plan[shape] not in case.possible(shape):
             raise ValueError(
                 f"{path}: {plan[shape]} does not keep the accuracy of {case.precision!r} for {key!r}; possible: "
@@ -123,27 +126,27 @@ def _pinned(case: _Case, shapes: Sequence[Shape], path: Path) -> Plan:
 
 
 def _seconds(case: _Case, shape: Shape) -> dict[Variant, float]:
-    """What each variant takes for a matrix of normal entries; in turns, so that all meet the same disturbances."""
+    """Seconds that each variant takes for a matrix of normal entries; run in turns, so that all meet the same disturbances."""
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(case.device, case.dtype)
-    spent: dict[Variant, list[float]] = {variant: [] for variant in case.possible(shape)}
-    for _ in range(REPS + 1):
-        for variant, times in spent.items():
+    times: dict[Variant, list[float]] = {variant: [] for variant in case.possible(shape)}
+    for _ in range(TIMED_RUNS + 1):
+        for variant in times:
             rule = newton_schulz(x, Layout.whole(shape), coefs=case.coefs, precision=case.precision, variant=variant)
             began = time.perf_counter()
-            # One whole matrix asks nobody for anything: the rule runs to its end.
+            # The rule of one whole matrix yields no request: it runs to its end.
             assert next(rule, None) is None
             if case.device.type != "cpu":
                 torch.accelerator.synchronize(case.device)
-            times.append(time.perf_counter() - began)
-    return {variant: min(times[1:]) for variant, times in spent.items()}
+            times[variant].append(time.perf_counter() - began)
+    return {variant: min(runs[1:]) for variant, runs in times.items()}
 
 
 def _device_name(device: torch.device) -> str:
     if device.type != "cpu":
         return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
-    found = torch.cpu.get_capabilities()
-    units = [name for name in ("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16") if found.get(name)]
-    name = found.get("cpu_name", found.get("architecture", "cpu"))
+    capabilities = torch.cpu.get_capabilities()
+    units = [unit for unit in ("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16") if capabilities.get(unit)]
+    name = capabilities.get("cpu_name", capabilities.get("architecture", "cpu"))
     return " ".join([str(name), torch.backends.cpu.get_cpu_capability(), *units, f"{torch.get_num_threads()} threads"])
 
 

@@ -1,4 +1,4 @@
-"""Which arithmetic matrix products use, chosen for a scope and put back afterwards."""
+"""The arithmetic of matrix products, set for a scope and restored afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from threading import RLock
 
 import torch
 
-# Of two threads that overlap, the second would take the first one's setting for the user's, and put that back.
+# If two threads overlapped, the second would take the first one's setting for the user's, and restore that.
 _LOCK = RLock()
 
 
@@ -25,18 +25,18 @@ def compute_dtype(dtype: torch.dtype, fp32_matmul_prec: str) -> torch.dtype:
 def matmul_precision(fp32_matmul_prec: str, device: torch.device) -> Iterator[None]:
     """Set the arithmetic of float32 products for a scope; torch's setting is global, so it is restored afterwards.
 
-    On CPU float32 products stay float32: the flag only picks the library that is faster (:func:`_fast_cpu_setting`). One
-    thread is in such a scope at a time; what others compute meanwhile, outside of one, goes by the same setting.
+    On CPU float32 products stay float32: the setting only picks the faster library (:func:`_fast_cpu_setting`). One thread is
+    in such a scope at a time; products that other threads compute meanwhile outside of a scope follow the same setting.
 
     Args:
         fp32_matmul_prec: ``highest``: float32. ``high``: tf32 where the device has it. ``medium``: as ``high``, for the float32
             products beside bfloat16 matrices.
-        device: Where the products are.
+        device: Device of the products.
 
     Raises:
-        RuntimeError: when torch's newer settings by backend are in use, which cannot be put back.
+        RuntimeError: when torch's newer settings by backend are in use, which cannot be restored.
     """
-    # A step inside autocast must not be rounded by it.
+    # Autocast around a step must not round its products.
     with _LOCK, torch.autocast(device.type, enabled=False):
         before = _setting()
         wanted = "high" if fp32_matmul_prec == "medium" else fp32_matmul_prec

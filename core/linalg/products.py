@@ -1,40 +1,40 @@
-"""Products of stacks of matrices, by the form that the device is fastest at.
+"""Products of stacks of matrices, in the form that is fastest on the device.
 
-Which form is chosen depends on the matrix alone, never on how many are stacked: the same matrix gives the same bits in every
-layout.
+The form depends on the matrix alone, never on how many are stacked: the same matrix gives the same bits in every layout.
+The limits below were measured on CPU.
 """
 
 import torch
 from torch import Tensor
 
-LARGE = 512
-"""Rows from which a matrix on CPU is worth a call of its own."""
+MIN_UNBATCHED_ROWS = 512
+"""Rows from which a CPU multiplies the matrices of a stack faster one at a time, each by a call of its own."""
 
-PANELS = 4
+FLOAT32_PANELS = 4
 """Row panels of a float32 lower triangle: they skip three eighths of the product, and still run at full speed."""
 
-LONG = 2
-"""Ratio of the sides from which panels pay in bfloat16, for a matrix of :data:`MANY` rows."""
+MIN_BFLOAT16_PANEL_ROWS = 1024
+"""Rows from which panels pay in bfloat16; two panels of a smaller matrix take as long as the whole product."""
 
-MANY = 1024
-"""See :data:`LONG`; two panels of a smaller one take as long as the whole product."""
-
-
-def is_large(x: Tensor) -> bool:
-    """Whether matrices of the stack ``x`` (B, m, k) go one at a time."""
-    return x.is_cpu and x.shape[-2] >= LARGE
+MIN_BFLOAT16_PANEL_RATIO = 2
+"""Ratio of columns to rows from which panels pay in bfloat16."""
 
 
-def is_alone(x: Tensor) -> bool:
-    """Whether the stack ``x`` is one matrix that goes alone."""
-    return len(x) == 1 and is_large(x)
+def runs_unbatched(x: Tensor) -> bool:
+    """Whether the matrices of the stack ``x`` (B, m, k), or the matrix ``x`` (m, k), are multiplied one at a time."""
+    return x.is_cpu and x.shape[-2] >= MIN_UNBATCHED_ROWS
+
+
+def is_single_unbatched(x: Tensor) -> bool:
+    """Whether the stack ``x`` (B, m, k) is a single matrix that runs unbatched."""
+    return len(x) == 1 and runs_unbatched(x)
 
 
 def product(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     """``alpha A B + beta C``.
 
     Args:
-        a: (m, k) or (B, m, k); B is 1 when it :func:`is_large`.
+        a: (m, k) or (B, m, k); B is 1 where it :func:`runs_unbatched`.
         b: (k, n) or (B, k, n).
         c: (m, n) or (B, m, n); None for zero.
         beta: Factor of ``c``.
@@ -47,7 +47,7 @@ def product(a: Tensor, b: Tensor, c: Tensor | None = None, *, beta: float = 1.0,
         if c is not None:
             return torch.addmm(c, a, b, beta=beta, alpha=alpha)
         return torch.mm(a, b) if alpha == 1.0 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=alpha)
-    if is_alone(a):
+    if is_single_unbatched(a):
         return product(a[0], b[0], c if c is None else c[0], beta=beta, alpha=alpha)[None]
     if c is not None:
         return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
@@ -59,11 +59,11 @@ def symmetric_product(
 ) -> Tensor:
     """:func:`product` for a result that is symmetric up to rounding, as ``c`` must be.
 
-    A large result on CPU is computed by row panels of its lower triangle and mirrored, where that pays.
+    Where that is faster, a CPU computes row panels of the lower triangle (:func:`triangle_panels`) and mirrors them.
     """
-    if a.ndim == 3 and is_alone(a):
+    if a.ndim == 3 and is_single_unbatched(a):
         return symmetric_product(a[0], b[0], c if c is None else c[0], beta=beta, alpha=alpha)[None]
-    panels = _panels(a) if a.ndim == 2 and is_large(a) else 1
+    panels = triangle_panels(a) if a.ndim == 2 and runs_unbatched(a) else 1
     if panels == 1:
         return product(a, b, c, beta=beta, alpha=alpha)
     m = len(a)
@@ -78,7 +78,10 @@ def symmetric_product(
     return out
 
 
-def _panels(a: Tensor) -> int:
+def triangle_panels(a: Tensor) -> int:
+    """Row panels in which the lower triangle of a symmetric product of ``a`` (m, k) is computed on CPU; 1: no panels."""
     if a.dtype == torch.float32:
-        return PANELS
-    return 2 if a.dtype == torch.bfloat16 and a.shape[-2] >= MANY and a.shape[-1] >= LONG * a.shape[-2] else 1
+        return FLOAT32_PANELS
+    m, k = a.shape[-2:]
+    long_enough = m >= MIN_BFLOAT16_PANEL_ROWS and k >= MIN_BFLOAT16_PANEL_RATIO * m
+    return 2 if a.dtype == torch.bfloat16 and long_enough else 1

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-ROTATION = 1 / 8
-"""Largest rotation, in units of the norm of its generator, for which the second-order exponential is taken."""
+MAX_ROTATION = 1 / 8
+"""Largest coefficient of a generator of norm 1 in :func:`rotate_towards_symmetry`; the second-order exponential is accurate up to
+there. psgd_torch's value."""
 
 
 def eigen(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,), rising, and eigenvectors (n, n), in columns, of symmetric ``a`` (n, n); NaN where that has one."""
-    # In float32 LAPACK does not always get through many nearly equal eigenvalues, as low-rank statistics have.
+    """Eigenvalues (n,), rising, and eigenvectors (n, n), in columns, of symmetric ``a`` (n, n); NaN if ``a`` is not finite."""
+    # In float32 LAPACK sometimes fails on many nearly equal eigenvalues, as low-rank statistics have them.
     for matrix in (a, a.double()):
         try:
             values, vectors = torch.linalg.eigh(matrix)
@@ -18,17 +19,17 @@ def eigen(a: Tensor) -> tuple[Tensor, Tensor]:
             continue
         return values.to(a.dtype), vectors.to(a.dtype)
     if a.isfinite().all():
-        raise RuntimeError(f"no eigenvalues were found for a {len(a)} x {len(a)} matrix, in float64 either.")
+        raise RuntimeError(f"no eigenvalues were found for a {len(a)} x {len(a)} matrix, not even in float64.")
     return torch.full_like(a[0], torch.nan), torch.full_like(a, torch.nan)
 
 
-def inverse_root(a: Tensor, order: int, *, eps: float) -> Tensor:
+def matrix_inverse_root(a: Tensor, order: int, *, eps: float) -> Tensor:
     """(A + eps·I)^(-1/order) of a positive semidefinite matrix.
 
     Args:
         a: (n, n), symmetric; float32 or float64.
-        order: Which root.
-        eps: Above 0: an eigenvalue of 0 has no inverse.
+        order: Order of the root, 2 for the square root.
+        eps: Number above 0, because an eigenvalue of 0 has no inverse.
 
     Returns:
         (n, n), symmetric.
@@ -39,7 +40,7 @@ def inverse_root(a: Tensor, order: int, *, eps: float) -> Tensor:
     return (vectors * roots) @ vectors.mT
 
 
-# emerging-optimizers has the next two for one matrix and with torch's generator, which other draws move on.
+# emerging-optimizers has the next two functions for one matrix at a time, with random numbers from torch's global generator.
 
 
 def norm_lower_bound(a: Tensor, probe: Tensor) -> Tensor:
@@ -78,5 +79,5 @@ def rotate_towards_symmetry(q: Tensor, probe: Tensor) -> Tensor:
     rq = r @ q
     rrq = r @ rq
     slope, curvature = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (rq, rrq))
-    a = torch.where(curvature < 0, (-slope / curvature).clamp(0, ROTATION), ROTATION)[:, None, None]
+    a = torch.where(curvature < 0, (-slope / curvature).clamp(0, MAX_ROTATION), MAX_ROTATION)[:, None, None]
     return q + a * (rq + a / 2 * rrq)

@@ -1,4 +1,4 @@
-"""Which way a Newton-Schulz iteration is evaluated: the same polynomial, other operations, other rounding."""
+"""Variants of the Newton-Schulz iteration: they evaluate the same polynomial by different operations, which round differently."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +10,23 @@ Coefficients = Sequence[tuple[float, float, float]]
 Form = Literal["classic", "gram"]
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
-NARROW = (torch.bfloat16, torch.float16)
+SIXTEEN_BIT_DTYPES = (torch.bfloat16, torch.float16)
 
-WIDE = 1.25
-"""Ratio of the sides from which the Gram form takes fewer operations; of a square matrix it takes as many as the classic."""
+MIN_GRAM_RATIO = 1.25
+"""Ratio of the longer to the shorter side from which the Gram form takes clearly fewer operations than the classic form; for a
+square matrix both take the same number (see :class:`Variant`)."""
 
-TINY = 2**20
-"""m² n of a bfloat16 matrix up to which CPU computes a float32 product while oneDNN prepares a bfloat16 one."""
+MAX_FLOAT32_MULTIPLICATIONS = 2**20
+"""Multiplications (m² n) of one product up to which a CPU computes in float32 instead of bfloat16: such a float32
+product takes less time than oneDNN needs to prepare the bfloat16 one."""
 
-EXACT = 512
-"""Rows below which float32 Gram matrices gain little time, and lose a little against emerging-optimizers."""
+MIN_GRAM_ROWS = 512
+"""Rows of a whole float32 or float64 matrix from which the Gram form is used: for smaller ones it saves little time, and
+its error is a little above that of emerging-optimizers."""
 
-STEEP = 35.0
-"""Slope at 0 of the first two iterations above which Gram matrices are formed more often."""
+MAX_SLOPE_OF_LONG_GROUPS = 35.0
+"""Product of the coefficients ``a`` of the first two iterations (the polynomial's slope at 0) up to which three iterations
+share a Gram matrix (:func:`coarse_restarts`). It lies between ``polar_express`` (33.4) and ``cans`` (35.4), alone above."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,12 @@ class Variant:
         form: ``classic`` iterates on X. ``gram`` iterates on R = X X^T, m x m, and multiplies X before each restart and at
             the end: 3 (r + 1) m² n + (4 k - 3 - 3 r) m³ operations for r restarts in k iterations, symmetric products
             counted half; classic takes 3 k m² n + k m³.
-        dtype: Of the matrices in it. ``gram`` is never bfloat16.
-        restarts: Of ``gram``: iterations, counted from 0, before which R is formed anew from X. R knows singular values only
-            down to the root of the rounding unit; X knows them down to the unit.
+        dtype: Arithmetic of the iterations. ``gram`` is never bfloat16.
+        restarts: Iterations, counted from 0, before which ``gram`` forms R anew from X. R knows singular values only down to
+            the square root of the rounding unit, X down to the unit itself.
 
     Raises:
-        ValueError: for a combination that has no meaning.
+        ValueError: for an unknown form or dtype, a bfloat16 ``gram``, or restarts that do not rise or belong to ``classic``.
 
     Source: https://github.com/Dao-AILab/gram-newton-schulz (the Gram form)
     """
@@ -62,7 +66,7 @@ class Variant:
             raise ValueError(f"restarts must rise and be at least 1, got {self.restarts}.")
 
     def groups(self, coefs: Coefficients) -> list[Coefficients]:
-        """``coefs`` cut where R is formed from X; one iteration each in the classic form.
+        """``coefs`` in groups that share one Gram matrix R; in the classic form each iteration is a group.
 
         Raises:
             ValueError: for a restart after the last iteration.
@@ -73,7 +77,7 @@ class Variant:
         return [coefs[i:j] for i, j in zip(starts, [*starts[1:], len(coefs)], strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
+        """The variant as a dict of JSON types, for :meth:`from_json`."""
         return {"form": self.form, "dtype": str(self.dtype).removeprefix("torch."), "restarts": list(self.restarts)}
 
     @classmethod
@@ -104,26 +108,28 @@ def variant_for(
 
     Args:
         shape: (m, n) of the whole matrix.
-        dtype: Of the matrices that are given: bfloat16, float32 or float64.
+        dtype: Dtype of the matrices: bfloat16, float32 or float64.
         precision: ``highest``, ``high`` or ``medium``.
-        device: Where they are.
-        coefs: Polynomial of each iteration.
+        device: Device of the matrices.
+        coefs: Coefficients of each iteration.
         whole: Whether this rank has the whole matrix; if not, Gram matrices are summed over ranks, in float32 at least.
     """
     m, n = sorted(shape)
-    wide = n >= WIDE * m
+    gram_is_cheaper = n >= MIN_GRAM_RATIO * m
     if dtype == torch.bfloat16:
         if not whole:
             return Variant("gram", torch.float32, coarse_restarts(coefs))
-        if device.type == "cpu" and m * m * n <= TINY:
+        if device.type == "cpu" and m * m * n <= MAX_FLOAT32_MULTIPLICATIONS:
             return Variant("classic", torch.float32)
-        # float16 products run at the speed of bfloat16 ones there, with an eighth of the rounding; CPUs have bfloat16 only.
+        # On CUDA, float16 products are as fast as bfloat16 ones, with an eighth of the rounding; CPUs are fast in bfloat16 only.
         if device.type != "cuda":
             return Variant("classic", torch.bfloat16)
-        return Variant("gram", torch.float16, coarse_restarts(coefs)) if wide else Variant("classic", torch.float16)
+        if gram_is_cheaper:
+            return Variant("gram", torch.float16, coarse_restarts(coefs))
+        return Variant("classic", torch.float16)
     # tf32 rounds a Gram matrix by more than it rounds X.
     tf32 = dtype == torch.float32 and device.type != "cpu" and precision != "highest"
-    if tf32 or (whole and not (wide and m >= EXACT)):
+    if tf32 or (whole and not (gram_is_cheaper and m >= MIN_GRAM_ROWS)):
         return Variant("classic", dtype)
     return Variant("gram", dtype, fine_restarts(coefs))
 
@@ -131,7 +137,7 @@ def variant_for(
 def variants_for(
     shape: Sequence[int], dtype: torch.dtype, precision: str, device: torch.device, coefs: Coefficients
 ) -> list[Variant]:
-    """What whole matrices may be evaluated by at the accuracy of ``precision``; the first is that of :func:`variant_for`."""
+    """The variants that keep the accuracy of ``precision`` for whole matrices; the first one is :func:`variant_for`'s."""
     static = variant_for(shape, dtype, precision, device, coefs)
     others = [Variant("classic", static.dtype)]
     if dtype == torch.bfloat16:
@@ -145,15 +151,16 @@ def variants_for(
 
 
 def coarse_restarts(coefs: Coefficients) -> tuple[int, ...]:
-    """After two iterations, then after three each, or two where they are steep: errors no larger than of bfloat16 iterations.
+    """Restarts for bfloat16 input: after two iterations, then after every three, or every two where the polynomial is steep.
 
-    Where one singular value dwarfs the others, R rounds them by as much as they weigh; a third iteration would multiply that once
-    more, to many times their weight. After two they have grown.
+    Errors are then no larger than those of bfloat16 iterations. Where one singular value dwarfs the others, the rounding
+    of R is as large as their squares, and a third iteration would multiply it to many times that. After two iterations they
+    have grown.
     """
-    steep = len(coefs) > 1 and coefs[0][0] * coefs[1][0] > STEEP
+    steep = len(coefs) > 1 and coefs[0][0] * coefs[1][0] > MAX_SLOPE_OF_LONG_GROUPS
     return tuple(range(2, len(coefs), 2 if steep else 3))
 
 
 def fine_restarts(coefs: Coefficients) -> tuple[int, ...]:
-    """After one iteration, then after two each: float32 errors near those of the classic form."""
+    """Restarts after one iteration, then after every two: float32 errors stay near those of the classic form."""
     return tuple(range(1, len(coefs), 2))

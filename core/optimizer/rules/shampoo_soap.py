@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...linalg.roots import eigen, inverse_root
+from ...linalg.roots import eigen, matrix_inverse_root
 from ...process_groups_config import ProcessGroupCollection
 from ..steps.argument_checks import choice, fraction, non_negative, positive, whole_number
 from ..steps.weight_decay import decay_
@@ -108,8 +108,8 @@ class Shampoo(DenseFactors):
         s.L.addmm_(g, g.mT, beta=beta, alpha=fresh)
         s.R.addmm_(g.mT, g, beta=beta, alpha=fresh)
         if (t - 1) % group["precondition_frequency"] == 0:
-            s.L_root.copy_(inverse_root(s.L, 4, eps=eps))
-            s.R_root.copy_(inverse_root(s.R, 4, eps=eps))
+            s.L_root.copy_(matrix_inverse_root(s.L, 4, eps=eps))
+            s.R_root.copy_(matrix_inverse_root(s.R, 4, eps=eps))
         u = s.L_root @ g @ s.R_root
         if group["grafting"] == "adagrad":
             s.diagonal.mul_(beta).addcmul_(g, g, value=fresh)

@@ -20,7 +20,7 @@ from ...cache_blocks import row_blocks
 from ...cost.auto import Choice, Rates, choices
 from ...linalg.autotune import Plan, plan_for
 from ...linalg.matmul_precision import compute_dtype
-from ...linalg.newton_schulz import coefficients, flops, newton_schulz
+from ...linalg.newton_schulz import coefficients, newton_schulz, relative_cost
 from ...process_groups_config import ProcessGroupCollection, by_name
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import layout_of, local
@@ -184,7 +184,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         choice = self._choice(layout)
         parts = choice.layout.part_layouts
         entries = max(map(TP_MODES[choice.mode].brings, parts))
-        return (max(flops(*part.shape) for part in parts), entries) if entries else (0.0, 0)
+        return (max(relative_cost(*part.shape) for part in parts), entries) if entries else (0.0, 0)
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
         """Muon's (:func:`~.muon.muon`)."""
@@ -209,7 +209,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         # Cast before the shards travel: half the bytes, and the owner sees what an unsharded run would see.
         dtype = compute_dtype(u.dtype, precision)
         x = u.to(dtype) if isinstance(u, Tensor) else replace(u, dtype=dtype)
-        return (yield on_matrix(of_matrix, x, choice.layout, choice.mode, flops))
+        return (yield on_matrix(of_matrix, x, choice.layout, choice.mode, relative_cost))
 
     def _choice(self, lay: Layout) -> Choice:
         """How matrices of ``lay`` come together. All ranks that share parameters ask in the same order."""
