@@ -172,6 +172,17 @@ def test_bits_of_a_matrix_do_not_depend_on_the_stack(shape, dtype, precision, va
 
 
 @pytest.mark.parametrize(("dtype", "precision", "variant"), VARIANTS)
+@pytest.mark.parametrize("shape", [(9, 9), (16, 16), (17, 19), (64, 48)])
+def test_bits_of_a_matrix_do_not_depend_on_where_it_is(shape, dtype, precision, variant):
+    """A matrix that arrives in a wave lies anywhere in the buffer."""
+    x = matrix("gauss", *sorted(shape)).reshape(shape).to(dtype)
+    wanted = run(x[None].clone(), precision, variant=variant)
+    for shift in range(1, 9):
+        moved = torch.empty(x.numel() + shift, dtype=dtype)[shift:].view(1, *shape).copy_(x)
+        assert torch.equal(run(moved, precision, variant=variant), wanted)
+
+
+@pytest.mark.parametrize(("dtype", "precision", "variant"), VARIANTS)
 @pytest.mark.parametrize("shape", [(12, 40), (190, 200), (520, 512)])
 def test_extreme_matrices(shape, dtype, precision, variant):
     def of(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ __all__ = ["Coefficients", "coefficients", "newton_schulz", "relative_cost"]
 MAX_BATCH_SENSITIVE_ROWS = 16
 """Rows up to which torch chooses the kernel of 16-bit products on CPU by how many matrices are stacked, which changes bits; such
 matrices run one at a time."""
+
+ALIGNMENT = 64
+"""Bytes. Some processors' kernels choose their path, and so the last bits, by the alignment of each matrix: matrices whose size
+puts the next one of a stack off this alignment run one at a time, and one that arrives off it is copied first."""
 
 
 def coefficients(coefficient_type: str, steps: int) -> Coefficients:
@@ -82,13 +87,15 @@ def newton_schulz(
     wide = lay.long_dim == -1
     unbatched = runs_unbatched(x if wide else x.mT)
     in_16_bits = variant.dtype in SIXTEEN_BIT_DTYPES
-    batch_sensitive = x.is_cpu and in_16_bits and min(lay.shape) <= MAX_BATCH_SENSITIVE_ROWS
+    batch_sensitive = x.is_cpu and (
+        (in_16_bits and min(lay.shape) <= MAX_BATCH_SENSITIVE_ROWS) or not _stack_is_aligned(lay, variant.dtype)
+    )
     if lay.is_whole and len(x) > 1 and (unbatched or batch_sensitive):
         settings: dict[str, Any] = {"precision": precision, "scale": scale, "eps": eps, "variant": variant}
         return torch.cat((yield [newton_schulz(matrix, lay, coefs=coefs, **settings) for matrix in x.split(1)]))
     # Products of 16-bit and of small matrices are slow on a transposed view.
     transpose = lay.is_whole and not wide and x.is_cpu and (in_16_bits or not unbatched)
-    operand = _transposed(x) if transpose else x
+    operand = _transposed(x) if transpose else _aligned(x) if lay.is_whole else x
     unstack = unbatched and len(x) == 1
     steps = iterate(
         operand[0] if unstack else operand,
@@ -127,6 +134,15 @@ def _driven(steps: Generator[Tensor, Tensor, Tensor], lay: Layout, arithmetic: A
                 out: Tensor = end.value
                 return out
         total = yield lay.across(total, lay.long_dim)
+
+
+def _stack_is_aligned(lay: Layout, dtype: torch.dtype) -> bool:
+    """Whether each matrix of an aligned stack of X, and of R = X Xᵀ, begins at a multiple of :data:`ALIGNMENT`."""
+    return not any(entries * dtype.itemsize % ALIGNMENT for entries in (prod(lay.shape), min(lay.shape) ** 2))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.is_cpu and x.data_ptr() % ALIGNMENT else x
 
 
 def _transposed(x: Tensor) -> Tensor:
