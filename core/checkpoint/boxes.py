@@ -1,4 +1,4 @@
-"""A shard as torch.distributed.checkpoint (DCP) sees it: boxes of the whole tensor."""
+"""Shards as torch.distributed.checkpoint (DCP) sees them: boxes of the whole tensor."""
 
 from itertools import product
 from math import prod
@@ -16,19 +16,19 @@ from ..sharding.ranges import Ranges
 class Boxes(Tensor):
     """A tensor of the whole shape that stands for this rank's shard of it, for DCP to save and to load into.
 
-    Every combination of the contiguous ranges that the shard holds of each dim is one box. DCP writes a box that several
-    ranks hold once, and reads any boxes from any others, so what is saved is the whole tensor, for plain torch too.
+    A shard holds contiguous ranges of each dim; every combination of them is one box. DCP writes a box that several ranks hold
+    only once, and fills any box from any others. So the whole tensor is saved, and plain torch can read it too.
 
-    Has no memory of its own (DCP reads and writes the shard's) and no operations: DCP takes only a real tensor for one.
-    Implements DCP's protocol for tensors of other libraries, which DTensor implements too.
+    It is a tensor only because DCP takes nothing else: it has no memory of its own (DCP reads and writes the shard's) and no
+    operations. It implements DCP's protocol for tensors of other libraries, as DTensor does.
     """
 
     @staticmethod
     def __new__(cls, shard: Tensor, layout: Layout) -> "Boxes":
-        """``shard`` is laid out as ``layout`` says.
+        """A tensor of the shape ``layout.shape`` for ``shard``, whose shape is ``layout.local_shape``.
 
         Raises:
-            ValueError: when it has another shape.
+            ValueError: when ``shard`` has another shape.
         """
         if tuple(shard.shape) != layout.local_shape:
             raise ValueError(
@@ -45,11 +45,11 @@ class Boxes(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
-        """Refuse: there is nothing to compute with."""
+        """Refuse every operation: there are no entries to compute with."""
         raise NotImplementedError(f"{func}: Boxes only shows a shard to a checkpoint; compute with the shard itself.")
 
     def __create_write_items__(self, key: str, _: Any) -> list[WriteItem]:
-        """What this rank can write."""
+        """The boxes that this rank can write."""
         return [
             WriteItem(
                 index=MetadataIndex(key, offsets),
@@ -62,19 +62,19 @@ class Boxes(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What this rank wants to read."""
+        """The boxes that this rank wants to read."""
         return [_chunk(offsets, box) for offsets, box in self.boxes.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """The memory of one box."""
+        """View of the shard's memory that is one box."""
         assert index.offset is not None
         return self.boxes[index.offset]
 
 
 def cut(shard: Tensor, layout: Layout) -> dict[torch.Size, Tensor]:
-    """Offset in the whole tensor → view of ``shard``, for each box of the whole that it holds."""
+    """The boxes of ``shard``: offset in the whole tensor → view of ``shard``."""
     if not prod(layout.shape):
-        # Without a box a tensor that has no entries would not be in the checkpoint at all.
+        # Without a box, a tensor without entries would be missing in the checkpoint.
         return {torch.Size([0] * layout.ndim): shard.new_empty(layout.shape)}
     held = [
         ((0, size),) if split is None else split.held[split.axis.index]
@@ -83,18 +83,18 @@ def cut(shard: Tensor, layout: Layout) -> dict[torch.Size, Tensor]:
     boxes = {}
     for ranges in product(*map(_with_positions, held)):
         view = shard
-        for dim, (lo, hi, at) in enumerate(ranges):
-            view = view.narrow(dim, at, hi - lo)
+        for dim, (lo, hi, position) in enumerate(ranges):
+            view = view.narrow(dim, position, hi - lo)
         boxes[torch.Size([lo for lo, _, _ in ranges])] = view
     return boxes
 
 
 def _with_positions(ranges: Ranges) -> list[tuple[int, int, int]]:
     """``(lo, hi, position of lo in the shard)`` of each range."""
-    at, out = 0, []
+    position, out = 0, []
     for lo, hi in ranges:
-        out.append((lo, hi, at))
-        at += hi - lo
+        out.append((lo, hi, position))
+        position += hi - lo
     return out
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint to load: the newest that is what was written."""
+"""The choice of the checkpoint to load: the newest one whose files are what was written."""
 
 import warnings
 from pathlib import Path
@@ -12,22 +12,22 @@ from .together import CheckpointError, NewerFormatError, distributed, joined, on
 
 
 def choose(directory: Path, step: int | None, *, verify: bool) -> tuple[Path, Manifest, list[str]]:
-    """A checkpoint that is whole; all ranks call it, and each reads its share of the files to verify.
+    """Choose an undamaged checkpoint; all ranks call it, and each reads its share of the files to verify.
 
     Args:
-        directory: What ``save`` was given.
-        step: The only one to load; None for the newest, or the one before it when that is damaged, with a warning.
+        directory: Directory that was passed to ``save``.
+        step: Step of the only checkpoint to load. None for the newest; when that is damaged, the one before it, with a warning.
         verify: Compare digests, not only sizes.
 
     Returns:
-        Its folder, its manifest, and what is wrong with those that were passed over.
+        Folder of the checkpoint, its manifest, and what is wrong with the newer ones, a line each.
 
     Raises:
-        CheckpointError: on all ranks, when there is none that is whole, or a newer version wrote it.
+        CheckpointError: on all ranks, when every candidate is damaged, or a newer version of this package wrote one.
     """
-    found, problems = on_first(lambda: folders.candidates(directory, step))
-    for folder in found:
-        manifest, problem = _try(folder, verify)
+    candidates, problems = on_first(lambda: folders.candidates(directory, step))
+    for folder in candidates:
+        manifest, problem = _inspect(folder, verify)
         if manifest is None:
             problems.append(problem)
             continue
@@ -38,7 +38,9 @@ def choose(directory: Path, step: int | None, *, verify: bool) -> tuple[Path, Ma
     raise CheckpointError(f"cannot load from {directory}: {advice}. " + " ".join(problems))
 
 
-def _try(folder: Path, verify: bool) -> tuple[Manifest | None, str]:
+def _inspect(folder: Path, verify: bool) -> tuple[Manifest | None, str]:
+    """The manifest of an undamaged checkpoint, or None and what is wrong."""
+
     def inspect() -> tuple[Manifest | None, dict[str, str], str]:
         try:
             return *folders.inspect(folder), ""
@@ -51,9 +53,9 @@ def _try(folder: Path, verify: bool) -> tuple[Manifest | None, str]:
     if manifest is None or not verify:
         return manifest, problem
     ranks = dist.get_world_size() if distributed() else 1
-    # The largest first: those of a size go to different ranks.
+    # Sorted by size, so that large files go to different ranks.
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name], name))[rank() :: ranks]
-    wrong = joined(together(lambda: sums.wrong(folder, digests, names)))
-    if wrong:
-        return None, f"{folder}: the contents of {', '.join(wrong)} are not what was written (SHA-256)."
+    damaged = joined(together(lambda: sums.wrong(folder, digests, names)))
+    if damaged:
+        return None, f"{folder}: the contents of {', '.join(damaged)} are not what was written (SHA-256)."
     return manifest, ""

@@ -1,4 +1,4 @@
-"""How a checkpoint and a run differ, found out before anything is touched."""
+"""Differences between a checkpoint and a run, found before anything is changed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMe
 
 from .contents import MODEL, STATE, Group, base_of, parameter_of
 
-LIMIT = 20
-"""Rows that a table shows."""
+MAX_ROWS = 20
+"""Rows that the table of an error shows; the others are counted."""
 
 _HINTS = {
     "model": "Build the model that was saved: layers, sizes, vocabulary, dtype, tied or untied embeddings.",
@@ -21,59 +21,61 @@ _HINTS = {
 
 @dataclass(frozen=True, order=True)
 class Mismatch:
-    """One thing that is not what it was.
+    """One difference between a checkpoint and this run.
 
     Attributes:
-        what: Key, or name of a parameter.
-        saved: What the checkpoint has.
-        here: What this run has.
-        kind: ``model``, ``optimizer`` or ``block``.
+        what: Key of a tensor, or the optimizer of named parameters.
+        saved: Description of it in the checkpoint.
+        current: Description of it in this run.
+        kind: Kind of difference, which chooses the advice: ``model``, ``optimizer`` or ``block``.
     """
 
     what: str
     saved: str
-    here: str
+    current: str
     kind: str
 
 
 def selection[T](by_key: Mapping[str, T], patterns: Iterable[str]) -> dict[str, T]:
-    """What is under a key, or all blocks of one, that a pattern matches."""
+    """The entries whose key, without the number of a block, matches any of ``patterns``."""
     patterns = list(patterns)
     return {key: x for key, x in by_key.items() if any(fnmatchcase(base_of(key)[0], pattern) for pattern in patterns)}
 
 
-def compare_tensors(here: Mapping[str, Tensor], saved: Mapping[str, STORAGE_TYPES], skip: set[str]) -> list[Mismatch]:
-    """What this rank wants and the checkpoint does not have: keys, kinds, dtypes, shapes.
+def compare_tensors(
+    tensors: Mapping[str, Tensor], saved: Mapping[str, STORAGE_TYPES], skip: set[str]
+) -> list[Mismatch]:
+    """Tensors of this rank that the checkpoint lacks, or has with another dtype or shape or cut into other blocks.
 
     Args:
-        here: Key → tensor to load into.
-        saved: Key → what the checkpoint says of it.
-        skip: Parameters whose optimizer state is not compared.
+        tensors: Key → tensor to load into.
+        saved: Key → metadata of the saved value.
+        skip: Names of parameters whose optimizer state is not compared.
     """
     blocks = {base: count for base, count in map(base_of, saved)}
     rows = []
-    for key, x in here.items():
+    for key, x in tensors.items():
         if key.startswith(STATE) and parameter_of(key) in skip:
             continue
         base, count = base_of(key)
-        mine = f"{_dtype(x)} {tuple(x.shape)}"
+        current = f"{_dtype(x)} {tuple(x.shape)}"
         if key in saved:
-            theirs = _describe(saved[key])
-            if theirs != mine:
-                rows.append(Mismatch(key, theirs, mine, _kind(key)))
+            stored = _describe(saved[key])
+            if stored != current:
+                rows.append(Mismatch(key, stored, current, _kind(key)))
         elif base in blocks:
             other = ", cut otherwise" if count == blocks[base] else ""
             rows.append(Mismatch(base, _blocks(blocks[base]), _blocks(count) + other, "block"))
         else:
-            rows.append(Mismatch(base, "missing", mine, _kind(key)))
+            rows.append(Mismatch(base, "missing", current, _kind(key)))
     return rows
 
 
 def compare_keys(
-    here: Iterable[str], saved: Mapping[str, STORAGE_TYPES], skip: set[str], prefixes: Sequence[str]
+    keys: Iterable[str], saved: Mapping[str, STORAGE_TYPES], skip: set[str], prefixes: Sequence[str]
 ) -> list[Mismatch]:
-    """What the checkpoint has under ``prefixes`` and no rank wants; ``here`` are the keys of all ranks."""
-    wanted = {base_of(key)[0] for key in here}
+    """Saved tensors under ``prefixes`` that are not among ``keys``, the keys of all ranks."""
+    wanted = {base_of(key)[0] for key in keys}
     left = {base_of(key)[0]: _describe(x) for key, x in saved.items() if key.startswith(tuple(prefixes))}
     return [
         Mismatch(base, x, "missing", _kind(base))
@@ -82,33 +84,34 @@ def compare_keys(
     ]
 
 
-def compare_optimizers(here: Iterable[Group], saved: Iterable[Group]) -> dict[str, tuple[str, str]]:
-    """Parameter → the optimizer that it had and the one it has, where they are not the same."""
-    had = {name: group.optimizer for group in saved for name in group.parameters}
-    have = {name: group.optimizer for group in here for name in group.parameters}
-    return {name: (had.get(name, "none"), now) for name, now in have.items() if had.get(name, "none") != now}
+def compare_optimizers(current: Iterable[Group], saved: Iterable[Group]) -> dict[str, tuple[str, str]]:
+    """Name of a parameter → saved and current optimizer, where they are not the same."""
+    before = {name: group.optimizer for group in saved for name in group.parameters}
+    now = {name: group.optimizer for group in current for name in group.parameters}
+    pairs = {name: (before.get(name, "none"), optimizer) for name, optimizer in now.items()}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def optimizer_rows(changed: Mapping[str, tuple[str, str]]) -> list[Mismatch]:
-    """One row for each pair of optimizers."""
+    """One row for each pair of saved and current optimizers."""
     pairs: dict[tuple[str, str], list[str]] = {}
     for name, pair in changed.items():
         pairs.setdefault(pair, []).append(name)
     rows = []
-    for (had, has), names in pairs.items():
+    for (before, now), names in pairs.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        rows.append(Mismatch(f"optimizer of {names[0]}{more}", had, has, "optimizer"))
+        rows.append(Mismatch(f"optimizer of {names[0]}{more}", before, now, "optimizer"))
     return rows
 
 
 def table(where: str, rows: Iterable[Mismatch]) -> str:
-    """The error text."""
+    """Text of the error: a table of the differences of the checkpoint at ``where``, and advice."""
     rows = sorted(set(rows))
-    shown = [("", "in the checkpoint", "here"), *((row.what, row.saved, row.here) for row in rows[:LIMIT])]
+    shown = [("", "in the checkpoint", "here"), *((row.what, row.saved, row.current) for row in rows[:MAX_ROWS])]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
-    if len(rows) > LIMIT:
-        lines.append(f"… and {len(rows) - LIMIT} more")
+    if len(rows) > MAX_ROWS:
+        lines.append(f"… and {len(rows) - MAX_ROWS} more")
     hints = [hint for kind, hint in _HINTS.items() if any(row.kind == kind for row in rows)]
     return "\n  ".join([f"{where} does not fit this run; nothing was loaded:", *lines, *hints])
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: a run's tensors under global names, and the settings of its optimizer."""
+"""Contents of a checkpoint: a run's tensors under global names, and the settings of its optimizer."""
 
 import json
 import re
@@ -20,17 +20,17 @@ MODEL = "model."
 STATE = "optimizer.state."
 _BLOCK = "/shard_"  # parameter names have no slash
 _PEAK_LR = ("initial_lr", "max_lr")
-"""What schedulers compute ``lr`` from."""
+"""Settings of a group from which schedulers compute ``lr``; the first that exists counts."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that one optimizer treats alike.
+    """A parameter group: parameters to which one optimizer applies the same settings.
 
     Attributes:
         optimizer: Name of the optimizer's class.
-        settings: The group's, and the optimizer's own, as JSON knows them.
-        parameters: Names.
+        settings: Settings of the group and of the optimizer, as JSON types.
+        parameters: Names of the parameters.
     """
 
     optimizer: str
@@ -40,12 +40,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Contents:
-    """What this rank holds.
+    """This rank's part of a checkpoint.
 
     Attributes:
         tensors: Key → shard, to save or to load into. Keys are ``model.<name>``, ``optimizer.state.<slot>.<name>``, and
-            ``optimizer.state.<slot>.<name>/shard_<i>_of_<n>_at_<ranges>`` for state that belongs to one of several blocks of it.
-        groups: One for each parameter group.
+            ``optimizer.state.<slot>.<name>/shard_<i>_of_<n>_at_<ranges>`` for state of one block of a parameter, whose blocks
+            have separate states.
+        groups: One entry for each parameter group.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -55,10 +56,10 @@ class Contents:
     def of(
         cls, model_chunks: Sequence[nn.Module], optimizer: Optimizer | None, pgs: ProcessGroupCollection
     ) -> "Contents":
-        """Parameters, persistent buffers and optimizer state of this rank.
+        """Parameters, persistent buffers and optimizer state of this rank; makes state that does not exist yet.
 
         Raises:
-            ValueError: when a name is taken twice, a parameter of the optimizer has none, or the optimizer does not say
+            ValueError: when two tensors have one name, a parameter of the optimizer has no name, or the optimizer does not say
                 how its state is laid out.
         """
         contents = cls()
@@ -102,14 +103,14 @@ class Contents:
         self.groups.append(Group(optimizer, _settings(member, group), [names[p] for p in group["params"]]))
 
 
-def process_groups(given: Any, optimizer: Optimizer | None) -> ProcessGroupCollection:
-    """``given``, or else the groups that the optimizer was built with."""
-    sources = (given, *(getattr(x, "pg_collection", None) for x in (optimizer, *members_of(optimizer))))
+def process_groups(pg_collection: Any, optimizer: Optimizer | None) -> ProcessGroupCollection:
+    """``pg_collection``, or the process groups that the optimizer was built with if it is None."""
+    sources = (pg_collection, *(getattr(x, "pg_collection", None) for x in (optimizer, *members_of(optimizer))))
     return next((ProcessGroupCollection.from_any(pgs) for pgs in sources if pgs is not None), ProcessGroupCollection())
 
 
 def base_of(key: str) -> tuple[str, int]:
-    """The key without the part that numbers a block, and the number of blocks; 0 for what is saved whole."""
+    """The key without the part that numbers a block, and the number of blocks; 0 for a tensor that is saved whole."""
     block = re.fullmatch(rf"(.+){_BLOCK}\d+_of_(\d+)(?:_at_[^/]+)?", key)
     return (block[1], int(block[2])) if block else (key, 0)
 
@@ -127,11 +128,11 @@ def _named_tensors(model_chunks: Iterable[nn.Module]) -> Iterator[tuple[str, Ten
 
 
 def _block(layout: Layout) -> str:
-    """Ends the key of state that belongs to this rank's block of a parameter; nothing when that is the whole."""
+    """End of the key for state of this rank's block of a parameter; empty when the block is the whole parameter."""
     index = 0
     for axis in layout.axes:
         index = index * axis.size + axis.index
-    # Blocks of one size may be of other rows: those of a strided cut, or of the other dim.
+    # Blocks of one size may hold different rows, by a strided cut, or may be cut in the other dim.
     held = [
         "+".join(f"{lo}-{hi}" for lo, hi in split.held[split.axis.index]) if split else "all" for split in layout.splits
     ]
@@ -140,12 +141,12 @@ def _block(layout: Layout) -> str:
 
 
 def _settings(member: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold of the settings; functions and process groups are not settings."""
-    given = {k: v for k, v in vars(member).items() if not k.startswith("_")} | group
-    if peak := [given[k] for k in _PEAK_LR if k in given]:
-        given["lr"] = peak[0]  # not the one of the moment
+    """The settings that JSON can hold; functions and process groups are left out."""
+    values = {k: v for k, v in vars(member).items() if not k.startswith("_")} | group
+    if peak := [values[k] for k in _PEAK_LR if k in values]:
+        values["lr"] = peak[0]  # the scheduler changes lr itself every step
     skip = {"params", "param_names", *_PEAK_LR}
-    plain = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in given.items() if k not in skip}
+    plain = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in values.items() if k not in skip}
     settings: dict[str, Any] = json.loads(json.dumps({k: v for k, v in plain.items() if _is_plain(v)}))
     return settings
 

@@ -1,4 +1,4 @@
-"""SHA-256 of a checkpoint's files, in the file that ``sha256sum -c`` checks too."""
+"""SHA-256 digests of a checkpoint's files, kept in a file that ``sha256sum -c`` can check."""
 
 import hashlib
 import re
@@ -10,18 +10,18 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 
 
 def digest(path: Path) -> str:
-    """Of one file, in hexadecimal; frees the interpreter while it reads."""
+    """SHA-256 of one file, in hexadecimal; other threads run while it reads."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Name → digest."""
+    """Name → digest of the files ``names`` in ``folder``."""
     return {name: digest(folder / name) for name in names}
 
 
 def text(sums: Mapping[str, str]) -> str:
-    """A line for each file, sorted."""
+    """Contents of the digest file: a line for each file, sorted by name."""
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
@@ -29,7 +29,7 @@ def parse(written: str) -> dict[str, str]:
     """Inverse of :func:`text`.
 
     Raises:
-        ValueError: when it is not what :func:`text` writes, to the last character.
+        ValueError: when ``written`` differs in any character from what :func:`text` writes.
     """
     lines = [_LINE.fullmatch(line) for line in written.splitlines()]
     sums = {match[2]: match[1] for match in lines if match}
@@ -39,11 +39,11 @@ def parse(written: str) -> dict[str, str]:
 
 
 def wrong(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> list[str]:
-    """Those of ``names`` whose contents are not what was written, or cannot be read."""
-    return [name for name in names if _read(folder / name) != sums[name]]
+    """The files of ``names`` whose contents are not what was written, or cannot be read."""
+    return [name for name in names if _digest_or_error(folder / name) != sums[name]]
 
 
-def _read(path: Path) -> str:
+def _digest_or_error(path: Path) -> str:
     try:
         return digest(path)
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Where checkpoints lie, and how one comes into sight: whole or not at all. Files only; one rank calls this."""
+"""The folders of checkpoints on disk: a new one becomes visible complete, or not at all.
+
+One rank calls these functions; they communicate with no other rank.
+"""
 
 import json
 import os
@@ -17,21 +20,21 @@ from .together import CheckpointError
 TRACKER = "latest_checkpointed_iteration.txt"
 """Holds the step of the newest complete checkpoint; Megatron's name."""
 MEGATRON = "metadata.json"
-"""By this Megatron-Core knows one of its own."""
+"""File by which Megatron-Core recognizes a checkpoint that it can read."""
 _MEGATRON_TEXT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
 _STAGING, _REPLACED = ".tmp_", ".old_"
 
 
 def folder_of(step: int) -> str:
-    """Name of a checkpoint's folder; Megatron's."""
+    """Name of a checkpoint's folder, which is Megatron's name too."""
     return f"iter_{step:07d}"
 
 
 def begin(directory: Path, step: int) -> Path:
-    """A new folder beside the others to write a checkpoint into; clears away what interrupted saves left.
+    """Make a staging folder beside the checkpoints, to write a new one into; removes what interrupted saves left.
 
     Raises:
-        CheckpointError: when nothing can be written there, or another job saves there.
+        CheckpointError: when ``directory`` cannot be written, or another job saves there.
     """
     staging = directory / f"{_STAGING}{folder_of(step)}"
     try:
@@ -51,19 +54,19 @@ def begin(directory: Path, step: int) -> Path:
 def commit(staging: Path, manifest: Manifest, written: Mapping[str, str], keep: int | None = None) -> Path:
     """Make the complete checkpoint in ``staging`` the newest one.
 
-    A crash before the first rename leaves the checkpoints as they were; one after it leaves this one complete.
+    A crash before the first rename leaves the checkpoints as they were; a crash after it leaves this one complete.
 
     Args:
-        staging: From :func:`begin`.
-        manifest: Written with the sizes of the files.
+        staging: Folder from :func:`begin`.
+        manifest: Manifest to write, without the sizes of the files, which are added here.
         written: Name → SHA-256 of the files that all ranks wrote.
-        keep: How many checkpoints to keep, this one among them; older ones are removed. None: all.
+        keep: Number of checkpoints to keep, including this one; older ones are removed. None keeps all.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: when a file that another rank wrote is not there.
+        CheckpointError: when a file that another rank wrote is not in ``staging``.
         OSError: when a file cannot be written.
     """
     _write(staging / MEGATRON, _MEGATRON_TEXT)
@@ -74,8 +77,8 @@ def commit(staging: Path, manifest: Manifest, written: Mapping[str, str], keep: 
             f"that all ranks share."
         )
     _write(staging / manifests.NAME, replace(manifest, files=sizes).text())
-    mine = sums.digests(staging, {manifests.NAME, *sizes} - set(written))
-    _write(staging / sums.NAME, sums.text({**written, **mine}))
+    added = sums.digests(staging, {manifests.NAME, *sizes} - set(written))
+    _write(staging / sums.NAME, sums.text({**written, **added}))
     _sync(staging)
     directory, name = staging.parent, folder_of(manifest.step)
     final, replaced = directory / name, directory / f"{_REPLACED}{name}"
@@ -94,7 +97,7 @@ def commit(staging: Path, manifest: Manifest, written: Mapping[str, str], keep: 
 
 
 def discard(path: Path) -> None:
-    """Remove a folder or a file that may be there."""
+    """Remove a folder or a file, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -102,20 +105,20 @@ def discard(path: Path) -> None:
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """Step of the newest checkpoint in ``directory``; None where nothing was ever saved."""
+    """Step of the newest checkpoint in ``directory``; None where no checkpoint was saved."""
     tracked = _tracked(Path(directory))
     return tracked if isinstance(tracked, int) else max(_steps(Path(directory)), default=None)
 
 
 def candidates(directory: Path, step: int | None) -> tuple[list[Path], list[str]]:
-    """Folders of checkpoints to load, best first, and what is wrong with those that should have been.
+    """Folders of checkpoints to load, best first, and what is wrong with the directory, a sentence each.
 
     Args:
-        directory: What :func:`begin` was given.
-        step: The only one to load; None for the newest, and those before it in case it is damaged.
+        directory: Directory of the checkpoints, as in :func:`begin`.
+        step: Step of the only checkpoint to load; None for the newest, followed by older ones in case it is damaged.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: when there is no such checkpoint.
     """
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
@@ -137,17 +140,17 @@ def candidates(directory: Path, step: int | None) -> tuple[list[Path], list[str]
         tracked = max(steps)
     elif tracked not in steps:
         problems.append(f"{directory / TRACKER} names step {tracked}, which is not there.")
-    # Newer ones belong to a run that was given up, unless there is nothing else.
+    # Newer ones belong to an abandoned run. They are taken only when there are no others.
     chosen = [s for s in steps if s <= tracked] or steps
     return [_folder(directory, s) for s in sorted(chosen, reverse=True)], problems
 
 
 def inspect(folder: Path) -> tuple[Manifest, dict[str, str]]:
-    """A checkpoint's manifest, and the digests of its files, whose sizes are found to be right.
+    """A checkpoint's manifest, and the recorded digests of its files; checks the sizes of all files.
 
     Raises:
-        NewerFormatError: when a newer version of this package wrote it.
-        CheckpointError: when it is damaged, or another package wrote it.
+        NewerFormatError: when a newer version of this package wrote the checkpoint.
+        CheckpointError: when the checkpoint is damaged, or another package wrote it.
     """
     path = folder / manifests.NAME
     if not path.exists():
@@ -163,9 +166,9 @@ def inspect(folder: Path) -> tuple[Manifest, dict[str, str]]:
     if set(written) != {manifests.NAME, *manifest.files}:
         raise CheckpointError(f"{folder / sums.NAME} and {manifests.NAME} name different files.")
     for name, size in manifest.files.items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
+        actual = (folder / name).stat().st_size if (folder / name).exists() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes"
             raise CheckpointError(f"{folder / name} {state}; {size} bytes were written.")
     if folder.name.removeprefix(_REPLACED) != folder_of(manifest.step):
         raise CheckpointError(f"{folder} holds step {manifest.step}: folders were swapped or renamed.")
@@ -173,7 +176,7 @@ def inspect(folder: Path) -> tuple[Manifest, dict[str, str]]:
 
 
 def _steps(directory: Path) -> list[int]:
-    """Of the checkpoints in sight, and of one that a crash between the two renames of a save of the same step left."""
+    """Steps of all checkpoints, rising. Includes one that a save of the same step had renamed away when it crashed."""
     names = {f.name.removeprefix(_REPLACED) for f in directory.glob("*iter_*") if not f.name.startswith(_STAGING)}
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,18}", name))
 
@@ -195,7 +198,7 @@ def _tracked(directory: Path) -> int | str:
 
 
 def _tidy(directory: Path) -> None:
-    """Remove what interrupted saves left, and put back what one had moved away."""
+    """Remove what interrupted saves left, and restore a checkpoint that one of them had renamed away."""
     for path in directory.glob(f"{_STAGING}*"):
         discard(path)
     for path in directory.glob(f"{_REPLACED}*"):
@@ -207,11 +210,10 @@ def _tidy(directory: Path) -> None:
 
 
 def _prune(directory: Path, step: int, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints up to ``step``; out of sight first, so that no half of one is seen."""
+    """Remove all but the ``keep`` newest checkpoints up to ``step``; renamed first, so that no partial one is ever visible."""
     older = [s for s in _steps(directory) if s <= step][:-keep]
     for path in (directory / folder_of(s) for s in older):
-        gone = path.rename(directory / f"{_STAGING}{path.name}")
-        discard(gone)
+        discard(path.rename(directory / f"{_STAGING}{path.name}"))
 
 
 def _among(steps: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Resuming a run."""
+"""Loading of checkpoints into a run."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,13 +26,13 @@ from .together import CheckpointError, distributed, joined, rank, together
 
 @dataclass(frozen=True)
 class Difference:
-    """An optimizer setting that is not what it was; the one of this run stays.
+    """An optimizer setting whose value differs from the checkpoint's; this run's value stays.
 
     Attributes:
-        name: Optimizer and setting, ``AdamW.weight_decay``.
-        saved: Its value in the checkpoint; None also where it had none.
-        now: Its value in this run; None also where it has none.
-        parameters: Names of the parameters that it applies to.
+        name: Optimizer and setting, as in ``AdamW.weight_decay``.
+        saved: Value in the checkpoint; None also where the checkpoint lacks the setting.
+        now: Value in this run; None also where this run lacks the setting.
+        parameters: Names of the parameters that the setting applies to.
     """
 
     name: str
@@ -43,20 +43,20 @@ class Difference:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What came out of a checkpoint besides tensors.
+    """Contents of a loaded checkpoint besides its tensors.
 
     Attributes:
-        path: Its folder.
-        step: Finished steps.
-        consumed_samples: Position in the data.
-        schedule: As given to ``save``; None without one.
-        extra: As given to ``save``.
-        keys: Of the tensors that any rank loaded, without those of generators.
-        rng_restored: Whether the random number generators go on where they were: only on the layout that was saved.
-        differences: Optimizer settings that are not what they were.
-        saved_layout: Name of a mesh axis → its size, in the run that saved.
-        layout: The same of this run.
-        skipped: What is wrong with newer checkpoints, which were passed over.
+        path: Folder of the checkpoint.
+        step: Number of finished steps.
+        consumed_samples: Position in the data, in samples.
+        schedule: State of the learning-rate schedule that was passed to ``save``; None without one.
+        extra: Additional values that were passed to ``save``.
+        keys: Keys of the tensors that any rank loaded, without those of random number generators.
+        rng_restored: Whether the random number generators were restored; they are only on the layout that was saved.
+        differences: Optimizer settings that differ from the checkpoint's.
+        saved_layout: Name of each mesh axis → its size in the run that saved.
+        layout: Name of each mesh axis → its size in this run.
+        skipped: Problems of newer checkpoints that were passed over, a line each.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Loaded:
         return any(key.startswith(STATE) for key in self.keys)
 
     def notes(self) -> list[str]:
-        """What a user should know, a line each."""
+        """Messages for the user about this load, a line each."""
         saved, now = (" x ".join(f"{k} {n}" for k, n in layout.items()) for layout in (self.saved_layout, self.layout))
         lines = [f"passed over: {problem}" for problem in self.skipped]
         lines += [f"resumed from {self.path} at step {self.step}, saved on {saved}, now {now}"]
@@ -103,27 +103,28 @@ def load(
     verify: bool = True,
     pg_collection: Any = None,
 ) -> Loaded:
-    """Load a checkpoint into a run that is built and laid out already, in place.
+    """Load a checkpoint in place into a run that is already built and sharded, on any layout.
 
     All ranks of the default process group call it. Overwrites parameters, persistent buffers and optimizer state; the
-    settings of the optimizer stay. Compares everything before it touches anything, and executes no code that a checkpoint
-    may hold. The optimizer takes no step. Where the newest checkpoint is damaged, the newest one that is not is loaded, with
-    a warning.
+    settings of the optimizer stay. Compares everything before it changes anything, and executes no code that a checkpoint
+    may hold. The optimizer takes no step. When the newest checkpoint is damaged, the newest undamaged one is loaded, with a
+    warning.
 
     Args:
-        directory: What ``save`` was given.
+        directory: Directory that was passed to ``save``.
         model_chunks: This rank's modules.
-        optimizer: The optimizer that was saved.
-        step: Which checkpoint, and no other; None for the newest.
-        load_optimizer: False leaves the optimizer's state as it is; then any optimizer will do.
+        optimizer: Optimizer whose state was saved.
+        step: Step of the only checkpoint to load; None for the newest.
+        load_optimizer: False leaves the optimizer's state as it is, and the optimizer may differ from the saved one.
         load_rng: False leaves the random number generators as they are.
         only: Patterns (``model.layers.0.*``) of the keys to load; everything else stays as it is, generators too. Keys are
-            ``model.<name>`` and ``optimizer.state.<slot>.<name>``. None given: all keys, and nothing may be missing or left over.
+            ``model.<name>`` and ``optimizer.state.<slot>.<name>``. Without patterns all keys are loaded, and this run and
+            the checkpoint must have the same keys.
         verify: False compares only the sizes of files with what was written, not their contents.
         pg_collection: Process groups; default: the optimizer's.
 
     Raises:
-        CheckpointError: on all ranks, when there is no such checkpoint, or it is damaged, or does not fit; see its text.
+        CheckpointError: on all ranks, when there is no such checkpoint, it is damaged, or it does not fit this run.
     """
     pgs = process_groups(pg_collection, optimizer)
     wanted = optimizer if load_optimizer else None
@@ -137,7 +138,7 @@ def load(
         _check_patterns(only, joined(contents.tensors))
     keys = sorted({*joined(tensors)})
     groups = joined(contents.groups)
-    _check(path, tensors, keys, groups, manifest, saved, whole=not only)
+    _check(path, tensors, keys, groups, manifest, saved, complete=not only)
     layout, ranks = whereabouts(pgs)
     generators = _generators(saved) if load_rng and manifest.ranks == ranks else None
     if generators is not None:
@@ -162,45 +163,46 @@ def load(
 
 def _check(
     path: Path,
-    here: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     keys: Sequence[str],
     groups: Sequence[Group],
     manifest: Manifest,
     saved: Mapping[str, STORAGE_TYPES],
     *,
-    whole: bool,
+    complete: bool,
 ) -> None:
+    """Refuse a checkpoint that does not fit; ``complete``: all optimizers are compared, not only those of ``keys``."""
     with_state = {parameter_of(key) for key in keys if key.startswith(STATE)}
     changed = compare_optimizers(groups, manifest.groups) if with_state else {}
-    if not whole:
+    if not complete:
         changed = {name: pair for name, pair in changed.items() if name in with_state}
     skip = set(changed)
-    mine = together(lambda: compare_tensors(here, saved, skip))
-    rows = joined(mine) + optimizer_rows(changed)
+    local_rows = together(lambda: compare_tensors(tensors, saved, skip))
+    rows = joined(local_rows) + optimizer_rows(changed)
     rows += compare_keys(keys, saved, skip, (MODEL, STATE) if with_state else (MODEL,))
     if rows:
         raise CheckpointError(table(str(path), rows))
 
 
 def _check_patterns(only: Sequence[str], keys: Sequence[str]) -> None:
-    if idle := [pattern for pattern in only if not selection(dict.fromkeys(keys), [pattern])]:
-        some = ", ".join(sorted(keys)[:3])
+    if unmatched := [pattern for pattern in only if not selection(dict.fromkeys(keys), [pattern])]:
+        examples = ", ".join(sorted(keys)[:3])
         raise CheckpointError(
-            f"no key of this run matches {', '.join(map(repr, idle))}; nothing was loaded. Keys are like {some}; * stands for "
-            f"any characters."
+            f"no key of this run matches {', '.join(map(repr, unmatched))}; nothing was loaded. Keys are like {examples}; * "
+            f"stands for any characters."
         )
 
 
 def _generators(saved: Mapping[str, STORAGE_TYPES]) -> Tensor | None:
-    """Memory for this rank's generators, whose size is that of the saved text."""
-    found = saved.get(rng.key(rank()))
-    return torch.empty(found.size, dtype=torch.uint8) if isinstance(found, TensorStorageMetadata) else None
+    """An empty tensor to load the state of this rank's random number generators into; None where none was saved."""
+    metadata = saved.get(rng.key(rank()))
+    return torch.empty(metadata.size, dtype=torch.uint8) if isinstance(metadata, TensorStorageMetadata) else None
 
 
 def _read(tensors: dict[str, Tensor], reader: SafeReader) -> None:
     try:
         with warnings.catch_warnings():
-            # One process is not a mistake.
+            # torch warns when a single process loads without process groups.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp_load(tensors, storage_reader=reader, no_dist=not distributed())
     except CheckpointException as error:
@@ -210,20 +212,21 @@ def _read(tensors: dict[str, Tensor], reader: SafeReader) -> None:
         ) from None
 
 
-def _differences(here: Iterable[Group], saved: Iterable[Group]) -> tuple[Difference, ...]:
-    had = {name: group.settings for group in saved for name in group.parameters}
-    mine: dict[tuple[str, str, str], tuple[Any, Any, list[str]]] = {}
-    for group in here:
+def _differences(current: Iterable[Group], saved: Iterable[Group]) -> tuple[Difference, ...]:
+    """Settings that differ, of the parameters of all ranks."""
+    saved_settings = {name: group.settings for group in saved for name in group.parameters}
+    on_this_rank: dict[tuple[str, str, str], tuple[Any, Any, list[str]]] = {}
+    for group in current:
         for name in group.parameters:
-            before = had.get(name, {})
+            before = saved_settings.get(name, {})
             for setting in sorted({*before, *group.settings}):
                 was, now = before.get(setting), group.settings.get(setting)
                 if was != now:
                     key = (f"{group.optimizer}.{setting}", repr(was), repr(now))
-                    mine.setdefault(key, (was, now, []))[2].append(name)
+                    on_this_rank.setdefault(key, (was, now, []))[2].append(name)
     merged: dict[tuple[str, str, str], tuple[Any, Any, list[str]]] = {}
-    for of_rank in gather(mine):
-        for key, (was, now, names) in of_rank.items():
+    for on_rank in gather(on_this_rank):
+        for key, (was, now, names) in on_rank.items():
             merged.setdefault(key, (was, now, []))[2].extend(names)
     return tuple(
         Difference(name, was, now, tuple(dict.fromkeys(names)))

@@ -1,4 +1,4 @@
-"""One job at a time saves to a directory; the lock goes with the process that holds it, however that ends."""
+"""The lock by which one job at a time saves to a directory; it ends with the process that holds it, however that ends."""
 
 import errno
 import fcntl
@@ -15,10 +15,10 @@ _held: dict[Path, int] = {}
 
 
 def hold(directory: Path) -> None:
-    """Take the lock of ``directory`` until this process ends. Again in the same process it does nothing.
+    """Take the lock of ``directory`` until this process ends; does nothing where this process holds it already.
 
     Raises:
-        CheckpointError: when another process has it.
+        CheckpointError: when another process holds it.
     """
     path = directory.resolve() / NAME
     if (old := _held.get(path)) is not None:

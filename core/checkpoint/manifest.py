@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: ``shardstep.json`` beside the tensors."""
+"""The manifest of a checkpoint: ``shardstep.json`` beside the tensors."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from .together import CheckpointError, NewerFormatError
 
 NAME = "shardstep.json"
 FORMAT = 2
-"""Raised when a reader of the number before could not read what is written."""
+"""Version of the format; it goes up when readers of the last one cannot read the new one."""
 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("step", "consumed_samples", "format"), int),
@@ -33,21 +33,21 @@ _KINDS_OF_GROUP: dict[str, Any] = {"optimizer": str, "settings": dict, "paramete
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of a checkpoint that is not a tensor.
+    """Contents of a checkpoint besides its tensors.
 
     Attributes:
-        step: Finished steps.
-        consumed_samples: Position in the data.
-        layout: Name of a mesh axis → its size.
-        ranks: For each rank, its index on each axis of ``layout``.
+        step: Number of finished steps.
+        consumed_samples: Position in the data, in samples.
+        layout: Name of each mesh axis → its size.
+        ranks: Index on each axis of ``layout``, for each rank.
         optimizers: Names of the optimizers' classes.
-        groups: Their settings and parameters, those of all pipeline stages together.
-        schedule: State of the learning-rate schedule, as given.
-        extra: Whatever else was given.
-        files: Name → bytes of every file but this one and the digests.
-        config: Digest of optimizers, groups and their settings: equal in runs that are set up alike, on any layout.
-        versions: Of the packages that wrote it.
-        format: See ``FORMAT``.
+        groups: Parameter groups of all pipeline stages; groups with equal settings are one.
+        schedule: State of the learning-rate schedule that was passed to ``save``.
+        extra: Additional values that were passed to ``save``.
+        files: Name → size in bytes of every file but the manifest and the digests.
+        config: Digest of optimizers, groups and their settings; equal in runs that are set up alike, on any layout.
+        versions: Versions of Python and the packages that wrote the checkpoint.
+        format: Version of the format, :data:`FORMAT`.
     """
 
     step: int
@@ -64,7 +64,7 @@ class Manifest:
     format: int = FORMAT
 
     def text(self) -> str:
-        """JSON."""
+        """The manifest as JSON."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
@@ -72,25 +72,25 @@ class Manifest:
         """Inverse of :meth:`text`.
 
         Raises:
-            NewerFormatError: when ``text`` is of a newer format; names ``where``.
-            CheckpointError: when it is of an older one, or is no manifest.
+            NewerFormatError: when ``text`` has a newer format; the message names ``where``.
+            CheckpointError: when ``text`` has an older format, or is no manifest.
         """
         try:
-            given = json.loads(text)
-            written = int(given["format"])
+            content = json.loads(text)
+            written = int(content["format"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise CheckpointError(f"{where} is damaged: it is not the JSON that a save writes.") from None
         if written > FORMAT:
             raise NewerFormatError(
                 f"{where} has format {written}, but this version of shardstep reads formats up to {FORMAT}; it was written by "
-                f"{given.get('versions', 'a newer one')}. Update shardstep."
+                f"{content.get('versions', 'a newer one')}. Update shardstep."
             )
         if written < FORMAT:
             raise CheckpointError(
-                f"{where} has format {written}, which had no digests and is read no more; save again."
+                f"{where} has format {written}, which had no digests and can no longer be read; save again."
             )
         try:
-            known = {f.name: given[f.name] for f in fields(cls)}
+            known = {f.name: content[f.name] for f in fields(cls)}
             known["groups"] = [Group(**group) for group in known["groups"]]
             if odd := [name for name, kind in _KINDS.items() if not _is(known[name], kind)]:
                 raise TypeError(", ".join(odd))
@@ -100,7 +100,7 @@ class Manifest:
 
 
 def merge_groups(groups: Iterable[Group]) -> list[Group]:
-    """The groups of all ranks: those of equal settings as one, with each parameter once."""
+    """The groups of all ranks, with those of equal settings merged into one that names each parameter once."""
     merged: dict[str, Group] = {}
     for group in groups:
         same = merged.setdefault(
@@ -111,16 +111,16 @@ def merge_groups(groups: Iterable[Group]) -> list[Group]:
 
 
 def config_digest(groups: Iterable[Group]) -> str:
-    """SHA-256 of optimizers, settings and names of parameters, whatever their order."""
+    """SHA-256 of optimizers, settings and names of parameters; does not depend on their order."""
     rows = sorted((g.optimizer, json.dumps(g.settings, sort_keys=True), sorted(g.parameters)) for g in groups)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def json_copy(name: str, value: Any) -> Any:
-    """What a manifest gives back for ``value``.
+    """``value`` as it comes back from a manifest: tuples become lists, for example.
 
     Raises:
-        ValueError: when JSON cannot hold it.
+        ValueError: when JSON cannot hold it; the message calls it ``name``.
     """
     try:
         return json.loads(json.dumps(value))
@@ -131,16 +131,16 @@ def json_copy(name: str, value: Any) -> Any:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether what JSON gave is of ``kind``; numbers count something."""
-    of = get_args(kind)
+    """Whether a value from JSON is of ``kind``; all numbers are counts, so they must not be negative."""
+    arguments = get_args(kind)
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(x, of[0]) for x in value)
+        return isinstance(value, list) and all(_is(x, arguments[0]) for x in value)
     if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_is(x, of[1]) for x in value.values())
+        return isinstance(value, dict) and all(_is(x, arguments[1]) for x in value.values())
     if kind is int:
         return type(value) is int and value >= 0
     if kind is Group:
-        return all(_is(getattr(value, name), of_group) for name, of_group in _KINDS_OF_GROUP.items())
+        return all(_is(getattr(value, name), field_kind) for name, field_kind in _KINDS_OF_GROUP.items())
     return isinstance(value, kind)
 
 

@@ -1,4 +1,4 @@
-"""Reading without executing: DCP's own reader unpickles its metadata file, and would call whatever that names."""
+"""A reader that executes no code from a checkpoint; DCP's own unpickles the metadata file and calls whatever that names."""
 
 import pickle
 from math import prod
@@ -49,13 +49,13 @@ _STAND_INS: dict[tuple[str, str], type] = {
     (_MEGATRON, "MCoreMetadata"): Metadata,
     (_MEGATRON, "MCoreSavePlan"): SavePlan,
 }
-"""Subclasses in older versions of Megatron-Core, which need not be there → what they extend."""
+"""Subclasses in older versions of Megatron-Core, which may not be installed → the class that they extend."""
 
 
 class SafeReader(FileSystemReader):
-    """Reads a DCP directory whose metadata may name the classes of DCP and nothing else; tensors are read weights-only.
+    """A reader of DCP directories whose metadata may name no classes but DCP's; tensors are read weights-only.
 
-    Reads the metadata once.
+    The metadata is read once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,17 +63,17 @@ class SafeReader(FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """As in DCP.
+        """The metadata, as DCP's method of this name returns it.
 
         Raises:
-            CheckpointError: when the file is damaged, or names anything else.
+            CheckpointError: when the file is damaged, or names classes that no checkpoint needs.
         """
         if self._metadata is None:
             path = Path(self.path) / ".metadata"
             try:
                 with path.open("rb") as file:
-                    found = _Unpickler(file).load()
-                sound = isinstance(found, Metadata) and _is_sound(found)
+                    metadata = _Unpickler(file).load()
+                sound = isinstance(metadata, Metadata) and _is_sound(metadata)
             except CheckpointError:
                 raise
             except Exception as error:  # a damaged pickle can raise anything
@@ -82,22 +82,22 @@ class SafeReader(FileSystemReader):
                 ) from None
             if not sound:
                 raise CheckpointError(f"{path} is not the metadata of a checkpoint; load an older step.")
-            self._metadata = found
+            self._metadata = metadata
         return self._metadata
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Key → what the metadata says of each tensor."""
+        """Key → metadata of each tensor."""
         saved = self.read_metadata().state_dict_metadata
         return {key: x for key, x in saved.items() if isinstance(x, TensorStorageMetadata)}
 
     def objects(self) -> list[str]:
-        """Keys of what is no tensor; this package reads none of it back."""
+        """Keys of entries that are no tensors; this package loads none of them."""
         return [
             key for key, x in self.read_metadata().state_dict_metadata.items() if isinstance(x, BytesStorageMetadata)
         ]
 
     def whole(self, key: str) -> Tensor:
-        """One whole tensor, box by box: takes its memory, and that of one box.
+        """One whole tensor, read box by box; takes the memory of the tensor and of one box.
 
         Raises:
             CheckpointError: when the files do not hold what the metadata says, or something that could execute code.
@@ -118,7 +118,7 @@ class SafeReader(FileSystemReader):
         return whole
 
     def raw(self, key: str) -> bytes:
-        """What is stored of one object: a file of ``torch.save``, not looked into.
+        """The stored bytes of one object, a file of ``torch.save``, which is not unpickled.
 
         Raises:
             CheckpointError: when it cannot be read.
@@ -158,9 +158,9 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
-def _is_sound(found: Metadata) -> bool:
-    """Whether every tensor is covered by boxes within it, and everything lies in files of the checkpoint's own folder."""
-    storage, saved = found.storage_data, found.state_dict_metadata
+def _is_sound(metadata: Metadata) -> bool:
+    """Whether boxes within each tensor have as many entries as it, and all data lies in files of the checkpoint's folder."""
+    storage, saved = metadata.storage_data, metadata.state_dict_metadata
     if not all(_is_place(info) for info in storage.values()):
         return False
     for key, x in saved.items():
@@ -179,7 +179,7 @@ def _is_place(info: Any) -> bool:
         and isinstance(name, str)
         and name not in ("", ".", "..")
         and not set(name) & set("/\\\0")
-        and not info.transform_descriptors  # of extensions, which have classes of their own
+        and not info.transform_descriptors  # extensions would need classes of their own
         and min(info.offset, info.length) >= 0
     )
 

@@ -1,4 +1,4 @@
-"""This rank's random number generators as one tensor: JSON text as bytes, so that reading it back executes nothing."""
+"""The state of this rank's random number generators as one tensor: bytes of JSON text, so that reading executes no code."""
 
 import base64
 import json
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def key(rank: int) -> str:
-    """Key of the generators of ``rank``."""
+    """Key of the generators' state of ``rank`` in a checkpoint."""
     return f"rng/rank_{rank:05d}"
 
 
 def pack() -> Tensor:
-    """States of Python's, numpy's and torch's generators, and of this rank's CUDA device; uint8, (n,)."""
+    """States of the generators of Python, numpy, torch and this rank's CUDA device; uint8, (n,)."""
     numpy_state = np.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
@@ -29,7 +29,7 @@ def pack() -> Tensor:
 
 
 def unpack(packed: Tensor) -> None:
-    """Set the generators to what :func:`pack` found."""
+    """Restore the generators from the result of :func:`pack`."""
     states = json.loads(packed.numpy().tobytes())
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -1,4 +1,4 @@
-"""Saving a run."""
+"""Saving of checkpoints."""
 
 import shutil
 import warnings
@@ -20,12 +20,12 @@ from . import rng
 from .background import Background
 from .contents import Contents, process_groups
 from .manifest import Manifest, config_digest, json_copy, merge_groups
-from .together import CheckpointError, Group, distributed, joined, on_first, rank, together
+from .together import CheckpointError, GroupOrDefault, distributed, joined, on_first, rank, together
 
 COMMON = "common_state/shard_0_1"
-"""Key of what Megatron-Core keeps besides tensors. This package reads nothing from it."""
+"""Key of the object that Megatron-Core keeps besides tensors; this package writes it and does not read it."""
 SMALLEST_KEEP = 2
-"""With a single checkpoint there is none to go back to when it is damaged."""
+"""Smallest ``keep``: with a single checkpoint there is none to fall back on when it is damaged."""
 
 
 def save(
@@ -43,28 +43,29 @@ def save(
 ) -> Path:
     """Write a checkpoint that :func:`load` reads on any layout, and plain ``torch.distributed.checkpoint`` as whole tensors.
 
-    All ranks of the default process group call it. The checkpoint comes into sight, and becomes the newest one, when it is
-    complete on all of them; until then ``directory`` is as before. Mutates nothing of the run. Megatron-Core's
+    All ranks of the default process group call it. The checkpoint becomes visible, and the newest one, when it is complete on
+    all of them; until then the checkpoints in ``directory`` stay as they were. Mutates nothing of the run. Megatron-Core's
     ``dist_checkpointing`` reads it too (format ``torch_dist``).
 
     Args:
-        directory: Made when it is not there; on a file system that all ranks share. One job at a time saves there.
-        step: Finished steps.
+        directory: Directory of the checkpoints, on a file system that all ranks share; made if it does not exist. One job at a
+            time saves there.
+        step: Number of finished steps.
         model_chunks: This rank's modules; names of parameters and buffers must be global.
         optimizer: An optimizer of this package, or a chain of them.
-        consumed_samples: Position in the data.
-        schedule: State of the learning-rate schedule; what JSON can hold.
-        extra: Anything else to have back; what JSON can hold.
+        consumed_samples: Position in the data, in samples.
+        schedule: State of the learning-rate schedule, of JSON types.
+        extra: Additional values for :func:`load` to return, of JSON types.
         pg_collection: Process groups; default: the optimizer's.
-        keep: How many checkpoints stay, the newest ones up to ``step``; at least 2. None: all.
-        background: Writes while training goes on: this returns when everything is copied, and ``background.wait()`` when the
-            checkpoint is complete. Waits first for the save that it is at.
+        keep: Number of checkpoints to keep, the newest ones up to ``step``; at least 2. None keeps all.
+        background: Writer that works while training goes on: ``save`` returns when everything is copied, and
+            ``background.wait()`` returns when the checkpoint is complete. ``save`` first waits for the writer's last save.
 
     Returns:
         The checkpoint's folder, ``directory/iter_0000100``.
 
     Raises:
-        CheckpointError: on all ranks, when it fails on any; also when the save before it, in the background, has failed.
+        CheckpointError: on all ranks, when saving fails on any; also when the writer's last save has failed.
     """
     if background:
         background.wait()
@@ -105,13 +106,14 @@ def whereabouts(pgs: ProcessGroupCollection) -> tuple[dict[str, int], list[list[
 
 
 def _write(
-    tensors: Mapping[str, Tensor], staging: Path, manifest: Manifest, keep: int | None, group: Group = None
+    tensors: Mapping[str, Tensor], staging: Path, manifest: Manifest, keep: int | None, group: GroupOrDefault = None
 ) -> Path:
-    """Files first, then their digests, each rank's by itself, then the names by which they are found."""
+    """Write the files, then digest them, each rank its own; then make the checkpoint visible, on rank 0."""
     try:
         _write_tensors(tensors, staging, manifest.step, group)
-        mine = together(lambda: sums.digests(staging, [file.name for file in staging.glob(f"__{rank()}_*")]), group)
-        written = dict(joined(mine.items(), group))
+        names = [file.name for file in staging.glob(f"__{rank()}_*")]
+        local_digests = together(lambda: sums.digests(staging, names), group)
+        written = dict(joined(local_digests.items(), group))
         return on_first(lambda: _commit(staging, manifest, written, keep), group)
     except CheckpointError:
         if rank() == 0:
@@ -119,11 +121,11 @@ def _write(
         raise
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], staging: Path, step: int, group: Group) -> None:
+def _write_tensors(tensors: Mapping[str, Tensor], staging: Path, step: int, group: GroupOrDefault) -> None:
     contents: dict[str, Any] = {**tensors, COMMON: [{"iteration": step}]}
     try:
         with warnings.catch_warnings():
-            # One process is not a mistake.
+            # torch warns when a single process saves without process groups.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp_save(
                 contents,
@@ -144,7 +146,7 @@ def _commit(staging: Path, manifest: Manifest, written: dict[str, str], keep: in
 
 
 def _cannot_save(directory: Path, why: str | None) -> CheckpointError:
-    # torch does not always say that a disk is full.
+    # torch's error does not always say that a disk is full.
     free = shutil.disk_usage(directory).free / 1e6
     return CheckpointError(
         f"cannot save to {directory}, with {free:.1f} MB free there: {why}. Earlier checkpoints are as they were."
@@ -152,6 +154,6 @@ def _cannot_save(directory: Path, why: str | None) -> CheckpointError:
 
 
 def reasons(error: CheckpointException) -> str:
-    """What went wrong where, in one line."""
-    found = [f"rank {i}: {type(failure).__name__}: {failure}" for i, (failure, _) in error.failures.items()]
-    return "; ".join(found)
+    """The failures of all ranks, in one line."""
+    failures = [f"rank {i}: {type(failure).__name__}: {failure}" for i, (failure, _) in error.failures.items()]
+    return "; ".join(failures)

@@ -1,4 +1,4 @@
-"""What the ranks of a job settle together: when one of them fails, all of them raise, and say the same."""
+"""Steps that all ranks of a job take together: when one of them fails, all of them raise the same error."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,52 +7,52 @@ import torch.distributed as dist
 
 from ..process_groups_config import gather
 
-type Group = dist.ProcessGroup | None
-"""Of the ranks that settle something; None: the default process group."""
+type GroupOrDefault = dist.ProcessGroup | None
+"""Process group of the ranks that act together; None for the default process group."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read: what was found, what is possible, what to do. Raised on all ranks."""
+    """A checkpoint cannot be written or read. Raised on all ranks; its text says what is wrong and what to do."""
 
 
 class NewerFormatError(CheckpointError):
-    """A newer version wrote it; nothing is wrong with it."""
+    """A newer version of this package wrote the checkpoint, which is not damaged."""
 
 
 def distributed() -> bool:
-    """Whether there are other ranks to agree with."""
+    """Whether torch.distributed is initialized."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process among those of the default process group."""
+    """Rank of this process in the default process group; 0 without one."""
     return dist.get_rank() if distributed() else 0
 
 
-def joined[T](mine: Iterable[T], group: Group = None) -> list[T]:
-    """What all ranks have, in rank order."""
-    return [item for items in gather(list(mine), group) for item in items]
+def joined[T](local_items: Iterable[T], group: GroupOrDefault = None) -> list[T]:
+    """The items of all ranks, in rank order."""
+    return [item for items in gather(list(local_items), group) for item in items]
 
 
-def together[T](do: Callable[[], T], group: Group = None) -> T:
-    """This rank's ``do()``; when it fails on any rank, all of them raise.
+def together[T](do: Callable[[], T], group: GroupOrDefault = None) -> T:
+    """The result of this rank's ``do()``; when ``do`` fails on any rank, all of them raise.
 
     Raises:
-        CheckpointError: with the text of the failures and the ranks they happened on.
+        CheckpointError: with the texts of the failures and the ranks that they happened on.
     """
     result, failure = _attempt(do)
     failures = gather(failure and _text(failure), group)
     if any(failures):
         raise CheckpointError(_merge(failures)) from failure
-    # One that did not fail has a result.
+    # No rank failed, so there is a result.
     return result  # type: ignore[return-value]
 
 
-def on_first[T](do: Callable[[], T], group: Group = None) -> T:
-    """``do()`` of rank 0, on every rank.
+def on_first[T](do: Callable[[], T], group: GroupOrDefault = None) -> T:
+    """The result of ``do()`` on rank 0, which only rank 0 calls, on every rank.
 
     Raises:
-        CheckpointError: on all ranks, when it fails.
+        CheckpointError: on all ranks, when ``do`` fails.
     """
     result, failure = _attempt(do) if rank() == 0 else (None, None)
     answer: list[Any] = [(result, failure and _text(failure))]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint.together import CheckpointError, Group, joined
+from ..checkpoint.together import CheckpointError, GroupOrDefault, joined
 from .resume import HERE
 from .sharded_state import OWNERS_STEP
 from .upstream import LOADING, lookup, patch
@@ -72,7 +72,9 @@ def _tensors(state: Any) -> Iterator[_Place]:
             yield state, at, value
 
 
-def _fit(tensors: list[_Place], weights: set[str], found: dict[str, tuple[int, ...]], where: Any, group: Group) -> None:
+def _fit(
+    tensors: list[_Place], weights: set[str], found: dict[str, tuple[int, ...]], where: Any, group: GroupOrDefault
+) -> None:
     """Give ``tensors`` the keys that the checkpoint has; mutates them, and leaves out of their containers what can be missing.
 
     That is the count of steps, which all parameters may have in common, and copies of ``weights`` that are in float32 anyway.
