@@ -113,7 +113,7 @@ class TestOptimizerParamScheduler:
             ({"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear"}, "wsd_decay_steps is None"),
             ({"lr_decay_style": "WSD", "wsd_decay_steps": 5}, "lr_wsd_decay_style is None"),
             ({"end_wd": 0.001}, "start_wd <= end_wd"),
-            ({"wd_incr_style": "constant"}, "the same for wd_incr_style constant"),
+            ({"wd_incr_style": "constant"}, "equal values for wd_incr_style constant"),
             ({"wd_incr_steps": 0}, "wd_incr_steps is 0"),
             ({"override_opt_param_scheduler": True}, "both set"),
         ],

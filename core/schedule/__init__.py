@@ -1,14 +1,14 @@
 """Learning-rate schedules: pure functions from the number of finished steps to a factor of the peak learning rate.
 
-`make_schedule` finds them by name, `ScheduleLR` drives any optimizer with them; `resumable` and `optimizer_param_scheduler` hold
-schedulers that other systems have, with their arguments and states.
+`make_schedule` finds them by name, and `ScheduleLR` sets the learning rates of any optimizer by them. `resumable` and
+`optimizer_param_scheduler` hold schedulers with the arguments and states of those in other systems.
 """
 
 from .curves import COEFFICIENTS, FALLS, fall
 from .one_cycle import one_cycle, one_cycle_momentum
 from .optimizer_param_scheduler import LR_STYLES, OptimizerParamScheduler
 from .phases import Phase, phases
-from .registry import Schedule, get_scheduler, list_schedulers, make_schedule, register_scheduler, settings_of
+from .registry import Schedule, get_scheduler, list_schedulers, make_schedule, register_scheduler, schedule_parameters
 from .resumable import CosineLRScheduler, InfiniteLRScheduler, WSDScheduler, resumed_start
 from .scheduler import ScheduleLR, for_groups
 from .schedules import (
@@ -56,7 +56,7 @@ __all__ = [
     "polynomial",
     "register_scheduler",
     "resumed_start",
-    "settings_of",
+    "schedule_parameters",
     "step_decay",
     "wsd",
 ]

@@ -1,4 +1,4 @@
-"""The one-cycle policy: the learning rate goes up and down once, and momentum goes the other way.
+"""The one-cycle policy: the learning rate rises and falls once, while momentum falls and rises.
 
 Source: https://arxiv.org/abs/1708.07120; phases and defaults are those of torch's ``OneCycleLR``.
 """
@@ -8,20 +8,20 @@ from typing import Any, Literal
 
 from .curves import fall
 from .registry import register_scheduler
-from .setting_ranges import check_settings
+from .setting_ranges import check_ranges
 
 Anneal = Literal["cosine", "linear"]
 
 
-def _fits(settings: Mapping[str, Any]) -> None:
-    check_settings(settings)
+def _check_one_cycle(settings: Mapping[str, Any]) -> None:
+    check_ranges(settings)
     if settings["three_phase"] and settings["pct_start"] > 0.5:
         raise ValueError(
-            f"pct_start is {settings['pct_start']}, and with three phases going down takes as long; possible: [0, 0.5]."
+            f"pct_start is {settings['pct_start']}, and with three phases the fall takes as long as the rise; possible: [0, 0.5]."
         )
 
 
-@register_scheduler("one-cycle", check=_fits)
+@register_scheduler("one-cycle", check=_check_one_cycle)
 def one_cycle(
     step: int,
     *,
@@ -32,11 +32,11 @@ def one_cycle(
     final_div_factor: float = 1e4,
     three_phase: bool = False,
 ) -> float:
-    """From ``1 / div_factor`` up to 1, and down to ``1 / (div_factor * final_div_factor)`` at step ``total - 1``.
+    """Rise from ``1 / div_factor`` to 1, then fall to ``1 / (div_factor * final_div_factor)`` at step ``total - 1``.
 
     Args:
-        pct_start: The share of the steps that go up.
-        three_phase: Go down as fast as up, and then from the first factor to the last.
+        pct_start: Share of the steps in which the factor rises.
+        three_phase: Fall in as many steps as the rise took to the first factor, and then to the last factor.
     """
     first = 1.0 / div_factor
     last = first / final_div_factor
@@ -53,13 +53,13 @@ def one_cycle_momentum(
     max_momentum: float = 0.95,
     three_phase: bool = False,
 ) -> float:
-    """The momentum, or first beta, that goes with `one_cycle`: ``base_momentum`` where the learning rate is highest."""
+    """Momentum, or first beta, for `one_cycle`: ``base_momentum`` at the highest learning rate, ``max_momentum`` at the ends."""
     high, low = max_momentum, base_momentum
     return _along(step, (high, low, high, high) if three_phase else (high, low, high), total, pct_start, anneal)
 
 
 def one_cycle_ends(total: int, pct_start: float, three_phase: bool) -> list[float]:
-    """The step at which each phase ends; not always a whole number."""
+    """Steps at which the phases end; not always whole numbers."""
     ends = [pct_start * total - 1, 2 * pct_start * total - 2] if three_phase else [pct_start * total - 1]
     return [*ends, total - 1]
 

@@ -1,4 +1,4 @@
-"""Megatron-Core's scheduler: learning rate and weight decay of every group, by the number of samples seen."""
+"""A scheduler like Megatron-Core's: learning rate and weight decay of every group, by the number of samples seen."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ WD_STYLES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: share,
     "cosine": lambda share: 0.5 * (math.cos(math.pi * (1 - share)) + 1.0),
 }
-"""How much of the increment of weight decay has come, by the share of its steps that is over."""
+"""Style → share of the increase of weight decay, as a function of the share of its steps that is over."""
 
 # Name in a state → what older versions of Megatron-LM called it.
 _FORMER_NAMES = {
@@ -28,11 +28,11 @@ _WD_KEYS = ("start_wd", "end_wd", "wd_incr_steps", "wd_incr_style")
 
 
 class HasParamGroups(Protocol):
-    """Any optimizer, torch's or Megatron-Core's."""
+    """An optimizer of torch or Megatron-Core."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Settings by group."""
+        """Settings of each parameter group."""
 
 
 class OptimizerParamScheduler:
@@ -43,20 +43,20 @@ class OptimizerParamScheduler:
     written in place.
 
     Args:
-        optimizer: Its groups are written to, at once and by every `step`.
-        init_lr: Where the warm-up begins.
-        max_lr: Where it ends, after ``lr_warmup_steps``.
-        min_lr: Where the decay ends, at ``lr_decay_steps``.
+        optimizer: Optimizer whose parameter groups are overwritten, by the constructor and by every `step`.
+        init_lr: Learning rate at the start of the warm-up.
+        max_lr: Learning rate at the end of the warm-up, after ``lr_warmup_steps``.
+        min_lr: Learning rate at the end of the decay, at ``lr_decay_steps``.
         lr_decay_style: One of ``LR_STYLES``.
-        start_wd: Weight decay at first; ``end_wd`` after ``wd_incr_steps``.
-        wd_incr_style: One of ``WD_STYLES``; with ``constant`` both are the same.
-        use_checkpoint_opt_param_scheduler: A loaded state's settings win over the arguments.
-        override_opt_param_scheduler: The arguments win. With neither, they must be the same.
-        wsd_decay_steps: Length of the decay of ``WSD``, before ``lr_decay_steps``.
-        lr_wsd_decay_style: Its shape, one of ``curves.COEFFICIENTS``.
+        start_wd: Weight decay at the start; ``end_wd`` after ``wd_incr_steps``.
+        wd_incr_style: One of ``WD_STYLES``; with ``constant``, ``start_wd`` and ``end_wd`` must be equal.
+        use_checkpoint_opt_param_scheduler: Settings of a loaded state win over the arguments.
+        override_opt_param_scheduler: The arguments win over a loaded state. With neither flag, both must be equal.
+        wsd_decay_steps: Length of the decay of ``WSD``, which ends at ``lr_decay_steps``.
+        lr_wsd_decay_style: Curve of the decay of ``WSD``, one of ``curves.COEFFICIENTS``.
 
     Raises:
-        ValueError: settings that are out of range or do not fit each other; before anything is changed.
+        ValueError: for settings that are out of range or do not fit each other; nothing is changed then.
 
     Source: Megatron-Core 0.19.2, ``megatron.core.optimizer_param_scheduler``, whose states it loads and which loads its states.
     """
@@ -96,14 +96,14 @@ class OptimizerParamScheduler:
         self.step(0)
 
     def step(self, increment: int) -> None:
-        """Count ``increment`` samples more, and set ``lr`` and ``weight_decay`` of every group, empty ones too."""
+        """Count ``increment`` more samples, and set ``lr`` and ``weight_decay`` of every group, empty ones too."""
         self.num_steps += increment
         for group in self.optimizer.param_groups:
             set_lr(group, self.get_lr(group))
             group["weight_decay"] = self.get_wd(group) * group.get("wd_mult", 1.0)
 
     def get_lr(self, param_group: Mapping[str, Any]) -> float:
-        """Learning rate of a group now."""
+        """Current learning rate of a group."""
         high, low = param_group.get("max_lr", self.max_lr), param_group.get("min_lr", self.min_lr)
         return float(self._lr(high, low) * param_group.get("lr_mult", 1.0))
 
@@ -125,7 +125,7 @@ class OptimizerParamScheduler:
         return low + coefficient * (high - low)
 
     def get_wd(self, param_group: Mapping[str, Any] | None = None) -> float:
-        """Weight decay of a group now, before its ``wd_mult``; without a group that of the arguments."""
+        """Current weight decay of a group before its ``wd_mult``; without a group, by the constructor's arguments."""
         group = param_group or {}
         start, end = group.get("start_wd", self.start_wd), group.get("end_wd", self.end_wd)
         if self.num_steps > self.wd_incr_steps or self.wd_incr_style == "constant":
@@ -133,15 +133,15 @@ class OptimizerParamScheduler:
         return float(start + WD_STYLES[self.wd_incr_style](self.num_steps / self.wd_incr_steps) * (end - start))
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and the number of samples seen; Megatron-Core's keys."""
+        """Settings and the number of samples seen, under Megatron-Core's keys."""
         return {name: getattr(self, name) for name in (*_LR_KEYS, "num_steps", *_WD_KEYS)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take the state that this class or Megatron-Core's gave, and set learning rate and weight decay of its step.
+        """Load a state of this class or of Megatron-Core's, and set the learning rates and weight decays of its step.
 
         Raises:
-            ValueError: a setting is missing; it differs from the argument, and nothing says which one wins; or those of the state
-                do not fit each other. Nothing is changed then.
+            ValueError: when a setting is missing, when one differs from the argument and no flag says which one wins, or when the
+                settings of the state do not fit each other. Nothing is changed then.
         """
         state = dict(state_dict)
         for name, formers in _FORMER_NAMES.items():
@@ -149,34 +149,34 @@ class OptimizerParamScheduler:
                 if former in state_dict:
                     state[name] = state_dict[former]
                     break
-        mine = self.state_dict()
-        # States older than the increments of weight decay have none of them.
+        current = self.state_dict()
+        # States from before Megatron-LM increased weight decay have none of its settings.
         missing = [
             name for name in (*_LR_KEYS, "num_steps", *(_WD_KEYS if "start_wd" in state else ())) if name not in state
         ]
         if missing:
             raise ValueError(f"this is no state of OptimizerParamScheduler: it lacks {', '.join(missing)}.")
-        taken = mine | {name: self._choose(name, mine[name], state[name]) for name in mine if name in state}
-        self._check(taken)
-        for name, value in taken.items():
+        loaded = current | {name: self._choose(name, current[name], state[name]) for name in current if name in state}
+        self._check(loaded)
+        for name, value in loaded.items():
             setattr(self, name, value)
         self.step(0)
 
-    def _choose(self, name: str, mine: Any, saved: Any) -> Any:
+    def _choose(self, name: str, current: Any, saved: Any) -> Any:
         if name == "num_steps" or self.use_checkpoint_opt_param_scheduler:
             return saved
-        if not self.override_opt_param_scheduler and mine != saved:
+        if not self.override_opt_param_scheduler and current != saved:
             raise ValueError(
-                f"{name} is {mine} here and {saved} in the state; set override_opt_param_scheduler to go on with {mine}, or "
-                f"use_checkpoint_opt_param_scheduler with {saved}."
+                f"{name} is {current} here and {saved} in the state; set override_opt_param_scheduler to go on with "
+                f"{current}, or use_checkpoint_opt_param_scheduler to go on with {saved}."
             )
-        return mine
+        return current
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse settings, in the form of a state, that do not fit each other or the groups.
+        """Refuse settings (the entries of a state) that do not fit each other or the groups.
 
         Raises:
-            ValueError: names them.
+            ValueError: names the settings that do not fit.
         """
         style, warmup, total = settings["lr_decay_style"], settings["lr_warmup_steps"], settings["lr_decay_steps"]
         _one_of("lr_decay_style", style, LR_STYLES)
@@ -206,11 +206,11 @@ class OptimizerParamScheduler:
         start, end = group.get("start_wd", settings["start_wd"]), group.get("end_wd", settings["end_wd"])
         if not 0 <= start <= end or (settings["wd_incr_style"] == "constant" and start != end):
             raise ValueError(
-                f"start_wd is {start} and end_wd {end}; possible: 0 <= start_wd <= end_wd, and the same for "
-                f"wd_incr_style constant."
+                f"start_wd is {start} and end_wd {end}; possible: 0 <= start_wd <= end_wd, and equal values "
+                f"for wd_incr_style constant."
             )
 
 
-def _one_of(name: str, given: Any, possible: Any) -> None:
-    if given not in possible:
-        raise ValueError(f"{name} is {given!r}; possible: {', '.join(possible)}.")
+def _one_of(name: str, value: Any, possible: Any) -> None:
+    if value not in possible:
+        raise ValueError(f"{name} is {value!r}; possible: {', '.join(possible)}.")

@@ -1,4 +1,4 @@
-"""Schedules by name, and the check that the settings given to one fit it and each other."""
+"""Schedules by name, and the check that settings fit a schedule and each other."""
 
 import difflib
 import inspect
@@ -7,29 +7,29 @@ from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 Schedule = Callable[[int], float]
-"""From the number of finished steps to a factor of the peak learning rate."""
+"""Function from the number of finished steps to a factor of the peak learning rate."""
 
 Check = Callable[[Mapping[str, Any]], None]
-"""Raises ValueError for settings that do not fit each other."""
+"""Function of all settings of a schedule that raises ValueError when they do not fit each other."""
 
 _SCHEDULERS: dict[str, Callable[..., Any]] = {}
 _CHECKS: dict[str, Check] = {}
 
 
 def register_scheduler[F: Callable[..., Any]](name: str, check: Check | None = None) -> Callable[[F], F]:
-    """A decorator that makes a schedule known by ``name``; upper and lower case are one.
+    """Decorator that registers a schedule as ``name``, whatever its case.
 
-    It takes a function ``(step, *, settings...) -> factor``, or a class whose instances, made of the settings, are functions
-    ``step -> factor``. It returns what it was given.
+    It takes a function ``(step, *, settings...) -> factor``, or a class whose constructor takes the settings and whose instances
+    are functions ``step -> factor``. It returns its argument.
 
     Args:
-        check: Called with all settings, those left out too, before a schedule is made of them.
+        check: Function that is called with all settings, defaults included, before a schedule is made.
 
     Raises:
-        ValueError: the name is taken, or empty.
+        ValueError: when the name is taken, or empty.
     """
     if not name.strip():
-        raise ValueError(f"a scheduler's name is {name!r}; give it a name to be found by.")
+        raise ValueError(f"a scheduler's name is {name!r}; give it one that is not empty.")
     if name.lower() in map(str.lower, _SCHEDULERS):
         raise ValueError(f"scheduler {name!r} is already registered; take another name.")
 
@@ -48,10 +48,10 @@ def list_schedulers() -> tuple[str, ...]:
 
 
 def get_scheduler(name: str) -> Callable[..., Any]:
-    """What was registered as ``name``.
+    """The function or class that was registered as ``name``.
 
     Raises:
-        ValueError: nothing was.
+        ValueError: when no schedule has this name.
     """
     return _SCHEDULERS[_registered(name)]
 
@@ -63,27 +63,28 @@ def _registered(name: str) -> str:
     raise ValueError(f"unknown decay style {name!r}; possible: {', '.join(_SCHEDULERS)}.{_nearest(name, _SCHEDULERS)}")
 
 
-def settings_of(name: str) -> dict[str, inspect.Parameter]:
-    """The settings that the schedule ``name`` takes."""
+def schedule_parameters(name: str) -> dict[str, inspect.Parameter]:
+    """Name → parameter, for each setting that the schedule ``name`` takes."""
     schedule = get_scheduler(name)
     parameters = [*inspect.signature(schedule).parameters.values()]
-    taken = parameters if isinstance(schedule, type) else parameters[1:]
-    return {p.name: p for p in taken}
+    settings = parameters if isinstance(schedule, type) else parameters[1:]
+    return {p.name: p for p in settings}
 
 
 def make_schedule(name: str, **settings: Any) -> Schedule:
-    """The schedule registered as ``name`` with its settings filled in.
+    """The schedule registered as ``name``, with ``settings``, as a function of the step.
 
     Raises:
-        ValueError: an unknown schedule or setting, one that is missing, or values that are out of range or do not fit each
+        ValueError: for an unknown schedule or setting, a missing setting, or values that are out of range or do not fit each
             other.
     """
     name = _registered(name)
-    known = settings_of(name)
+    known = schedule_parameters(name)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for given in settings:
-        if given not in known and not open_ended:
-            raise ValueError(f"{name} has no setting {given!r}; possible: {', '.join(known)}.{_nearest(given, known)}")
+    for setting in settings:
+        if setting not in known and not open_ended:
+            near = _nearest(setting, known)
+            raise ValueError(f"{name} has no setting {setting!r}; possible: {', '.join(known)}.{near}")
     for setting, p in known.items():
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and setting not in settings:
             raise ValueError(f"{name} needs {setting}; give it as {setting}=...")
@@ -94,7 +95,7 @@ def make_schedule(name: str, **settings: Any) -> Schedule:
 
 
 def _check(name: str, settings: Mapping[str, Any]) -> None:
-    for setting, p in settings_of(name).items():
+    for setting, p in schedule_parameters(name).items():
         possible = get_args(p.annotation)
         if get_origin(p.annotation) is Literal and settings[setting] not in possible:
             near = _nearest(str(settings[setting]), possible)

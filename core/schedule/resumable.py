@@ -1,4 +1,4 @@
-"""Schedulers of which it is decided on resuming whether they decay: any stable checkpoint can be annealed afterwards."""
+"""Schedulers whose decay can be started when a run is resumed: any checkpoint of the stable phase can be annealed later."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -12,17 +12,17 @@ from .schedules import Annealing
 
 
 def resumed_start(begin_now: bool, *, configured: int, loaded: int, now: int) -> int:
-    """The step at which a resumed run's decay begins; negative: never.
+    """The step at which a resumed run's decay begins; negative for never.
 
     Args:
         begin_now: Whether this run is to decay.
-        configured: What this run was told.
-        loaded: What the checkpoint says.
-        now: The finished steps.
+        configured: Start of the decay in this run's arguments; negative for never.
+        loaded: Start of the decay in the checkpoint; negative for never.
+        now: Number of finished steps.
 
     Returns:
-        Without ``begin_now`` what was configured, whatever the checkpoint says; with it ``now``, or, where the saved run's decay
-        had a start already, that.
+        ``configured`` without ``begin_now``, whatever the checkpoint says. With it, ``loaded`` where the saved run had a start,
+        and else ``now``.
     """
     if not begin_now:
         return configured
@@ -30,9 +30,9 @@ def resumed_start(begin_now: bool, *, configured: int, loaded: int, now: int) ->
 
 
 class _InLearningRates(ScheduleLR):
-    """A schedule told in learning rates instead of factors: the same for all groups, but a group's own ``min_lr`` wins.
+    """A scheduler whose arguments are learning rates instead of factors.
 
-    A group whose learning rate is 0 stays at 0.
+    They hold for all groups, but a group's own ``min_lr`` wins. A group whose learning rate is 0 stays at 0.
     """
 
     min_lr: float
@@ -49,7 +49,7 @@ class _InLearningRates(ScheduleLR):
         super().__init__(optimizer, [lambda step: 1.0] * len(optimizer.param_groups), last_epoch=last_epoch)
 
     def _check(self, peak: float, lowest: float) -> None:
-        """Raises ValueError where the arguments are no schedule for a group of this peak."""
+        """Raise ValueError when the arguments do not fit a group with this peak and this lowest learning rate."""
         name, settings = self._settings(peak, lowest)
         make_schedule(name, **settings)
 
@@ -62,7 +62,7 @@ class _InLearningRates(ScheduleLR):
         return partial(get_scheduler(name), **settings)
 
     def _settings(self, peak: float, lowest: float) -> tuple[str, dict[str, Any]]:
-        """The schedule's name, and its settings for a group of this peak."""
+        """Name of the schedule, and its settings for a group with this peak and this lowest learning rate."""
         raise NotImplementedError
 
 
@@ -70,10 +70,10 @@ class CosineLRScheduler(_InLearningRates):
     """Warm-up from 0, then half a cosine to ``min_lr`` at ``total_steps``, where it stays; see `schedules.cosine`.
 
     Args:
-        clamp: Without it the cosine goes on after ``total_steps``, and the learning rate rises again.
+        clamp: Whether to stay at ``min_lr``; otherwise the cosine goes on after ``total_steps``, and the learning rate rises.
 
     Raises:
-        ValueError: lengths or learning rates that do not fit each other; before anything is changed.
+        ValueError: for lengths or learning rates that do not fit each other; nothing is changed then.
     """
 
     def __init__(
@@ -96,18 +96,18 @@ class CosineLRScheduler(_InLearningRates):
 
 
 class WSDScheduler(_InLearningRates):
-    """Warm-up from 0, stable for ever, or until the harmonic decay to ``min_lr`` begins; see `schedules.wsd`.
+    """Warm-up from 0, then constant, until a harmonic decay to ``min_lr`` begins, if ever; see `schedules.wsd`.
 
     ``start_decay``, ``min_lr`` and ``decay_steps`` are never saved and never loaded. When a state is loaded, ``start_decay``
     makes the decay begin at its step, or go on if it had begun; without it, ``decay_start_step`` is the constructor's.
 
     Args:
-        decay_steps: Steps of the decay.
-        decay_start_step: The step at which it begins; -1: never. Before the end of the warm-up it has to wait for that.
-        start_decay: See above. Does nothing until a state is loaded.
+        decay_steps: Number of steps of the decay.
+        decay_start_step: Step at which the decay begins, after the warm-up; -1 for never.
+        start_decay: Whether a loaded state makes the decay begin, as described above; has no effect until then.
 
     Raises:
-        ValueError: lengths or learning rates that do not fit each other; before anything is changed.
+        ValueError: for lengths or learning rates that do not fit each other; nothing is changed then.
 
     Source: https://arxiv.org/abs/2410.05192
     """
@@ -143,7 +143,7 @@ class WSDScheduler(_InLearningRates):
         )
 
     def _check(self, peak: float, lowest: float) -> None:
-        # That of a decay which may be decided on later.
+        # Also check the decay where it is not planned yet: loading a state may start it.
         make_schedule("WSD", **self._decay(max(self.decay_start_step, self.warmup_steps), lowest / peak))
 
     def _settings(self, peak: float, lowest: float) -> tuple[str, dict[str, Any]]:
@@ -157,22 +157,24 @@ class WSDScheduler(_InLearningRates):
 
 
 class InfiniteLRScheduler(_InLearningRates):
-    """Warm-up from 0, cooldown to ``constant_lr``, constant for ever, or until annealing begins; see `schedules.infinite`.
+    """Warm-up from 0, cooldown to ``constant_lr``, then constant, until annealing begins, if ever; see `schedules.infinite`.
 
     ``start_annealing``, ``annealing_type``, ``annealing_steps`` and ``min_lr`` are never saved and never loaded. When a state
     is loaded, ``start_annealing`` makes annealing begin at its step, or go on if it had begun; without it, ``checkpoint_step`` is
     the constructor's.
 
     Args:
-        constant_lr: With ``cooldown_steps`` 0 the constant phase is at the group's learning rate, and annealing begins here.
-        tau: How slow exponential annealing is: it reaches ``min_lr`` after ``tau + checkpoint_step`` steps, and stays there.
-        checkpoint_step: The step at which annealing begins; -1: never. Before the end of the cooldown it has to wait for that.
-        start_annealing: See above. Does nothing until a state is loaded.
+        constant_lr: Learning rate of the constant phase, and the one at which annealing begins. With ``cooldown_steps`` 0 the
+            constant phase is at the group's learning rate instead.
+        tau: Time constant of exponential annealing, which reaches ``min_lr`` after ``tau + checkpoint_step`` steps and stays
+            there.
+        checkpoint_step: Step at which annealing begins, after the cooldown; -1 for never.
+        start_annealing: Whether a loaded state makes annealing begin, as described above; has no effect until then.
         annealing_type: ``exponential`` or ``rsqrt``.
-        annealing_steps: Steps of ``rsqrt``.
+        annealing_steps: Number of steps of ``rsqrt`` annealing.
 
     Raises:
-        ValueError: lengths or learning rates that do not fit each other; before anything is changed.
+        ValueError: for lengths or learning rates that do not fit each other; nothing is changed then.
 
     Source: https://arxiv.org/abs/2503.02844, equation 1
     """

@@ -1,4 +1,4 @@
-"""The one ``LRScheduler``: any schedule drives any optimizer's parameter groups."""
+"""The ``LRScheduler`` that sets the learning rates of any optimizer by any schedule."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .registry import Schedule, make_schedule, settings_of
+from .registry import Schedule, make_schedule, schedule_parameters
 
 
 class ScheduleLR(LRScheduler):
@@ -18,14 +18,14 @@ class ScheduleLR(LRScheduler):
     that is a tensor is written in place, so that compiled steps and captured graphs see it.
 
     Args:
-        optimizer: Its groups' ``lr`` is overwritten, at once and by every `step`.
-        schedule: ``step -> factor``, for all groups or one for each. See `make_schedule`, `for_groups`.
-        momentum: ``step -> momentum``, written to the first of a group's ``betas``, or to its ``momentum``.
-        last_epoch: Finished steps minus one; -1 for a new run.
+        optimizer: Optimizer whose groups' ``lr`` is overwritten, by the constructor and by every `step`.
+        schedule: Function ``step -> factor`` for all groups, or one for each. See `make_schedule`, `for_groups`.
+        momentum: Function ``step -> momentum``, written to the first of a group's ``betas``, or to its ``momentum``.
+        last_epoch: Number of finished steps minus one; -1 for a new run.
 
     Raises:
-        ValueError: another number of schedules than of groups, a group without the momentum that is to be set, or one of a
-            resumed run whose peak is not known.
+        ValueError: when the numbers of schedules and groups differ, a group has no momentum to set, or the peak of a group is not
+            known in a resumed run.
     """
 
     unsaved: frozenset[str] = frozenset({"optimizer", "schedules", "momentum"})
@@ -67,7 +67,7 @@ class ScheduleLR(LRScheduler):
         return [float(base) * self.factor(i) for i, base in enumerate(self.base_lrs)]
 
     def factor(self, group: int) -> float:
-        """What the peak of a group is multiplied by at the present step."""
+        """Factor of the peak of parameter group number ``group`` at the present step."""
         return self.schedules[group](self.last_epoch)
 
     def step(self, epoch: int | None = None) -> None:
@@ -75,22 +75,23 @@ class ScheduleLR(LRScheduler):
         self._set_momentum()
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the optimizer and what comes from the constructor alone (`unsaved`)."""
+        """All attributes but the optimizer and those that only the constructor sets (`unsaved`)."""
         return {name: value for name, value in super().state_dict().items() if name not in self.unsaved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, and set the learning rates of its step.
+        """Load a result of `state_dict`, and set the learning rates of its step.
 
         Raises:
-            ValueError: it is of another number of parameter groups, is not the state of a scheduler, or does not fit the
+            ValueError: when it has another number of parameter groups, is not the state of a scheduler, or does not fit the
                 constructor's arguments. Nothing is changed then.
         """
         if "last_epoch" not in state_dict:
             raise ValueError(f"this is no state of {type(self).__name__}: it has no last_epoch, only {[*state_dict]}.")
         if len(state_dict.get("base_lrs", self.base_lrs)) != len(self.base_lrs):
-            saved, here = len(state_dict["base_lrs"]), len(self.base_lrs)
+            saved, current = len(state_dict["base_lrs"]), len(self.base_lrs)
             raise ValueError(
-                f"the state is of {saved} parameter groups, and there are {here}; load that of this optimizer."
+                f"the state is of {saved} parameter groups, and this optimizer has {current}; load a state that was saved with "
+                f"the same groups."
             )
         before = dict(vars(self))
         try:
@@ -118,15 +119,15 @@ class ScheduleLR(LRScheduler):
 
 
 def for_groups(optimizer: Optimizer, name: str, *, floor: float = 0.0, **settings: Any) -> list[Schedule]:
-    """The schedule ``name`` for each parameter group; a group's own ``min_lr`` is its floor.
+    """The schedule ``name`` for each parameter group; a group's own ``min_lr``, divided by its peak, is its floor.
 
     Raises:
-        ValueError: as `make_schedule`, or a group's ``min_lr`` is above its peak.
+        ValueError: when `make_schedule` raises it, or when a group's ``min_lr`` is above its peak.
     """
     schedules = []
     for i, group in enumerate(optimizer.param_groups):
         peak, own = float(group.get("initial_lr", peak_of(group))), {}
-        if "floor" in settings_of(name):
+        if "floor" in schedule_parameters(name):
             lowest = group.get("min_lr")
             if lowest is not None and lowest > peak:
                 raise ValueError(
@@ -140,7 +141,7 @@ def for_groups(optimizer: Optimizer, name: str, *, floor: float = 0.0, **setting
 
 
 def peak_of(group: dict[str, Any]) -> float | Tensor:
-    """The highest learning rate of a parameter group that no scheduler has touched."""
+    """The highest learning rate of a parameter group that no scheduler has changed yet."""
     if group.get("max_lr") is not None:
         return float(group["max_lr"]) * float(group.get("lr_mult", 1.0))
     return _copy(group["lr"])

@@ -1,10 +1,10 @@
-"""Pure functions ``step -> factor``, each with its source; `ScheduleLR` drives an optimizer with them.
+"""Schedules as pure functions ``step -> factor``, each with its source; `ScheduleLR` sets learning rates by them.
 
 ``step`` is the number of optimizer steps already finished, so the first step of a run uses the factor at 0. A factor of 1 is the
 peak learning rate; ``floor`` is the lowest learning rate divided by the peak. Settings that they share:
 
-    warmup: steps of a straight line from ``init`` to 1.
-    total: the step at which the floor is reached; the factor stays there afterwards.
+    warmup: number of steps of a straight line from ``init`` to 1.
+    total: step at which the floor is reached; the factor stays there afterwards.
 
 Names and curves of the first five are those of Megatron-Core's ``OptimizerParamScheduler``.
 """
@@ -15,19 +15,19 @@ from typing import Any, Literal
 
 from .curves import HARMONIC, fall
 from .registry import register_scheduler
-from .setting_ranges import check_settings
+from .setting_ranges import check_ranges
 
 WSDDecay = Literal["exponential", "linear", "cosine", "minus_sqrt", "harmonic"]
 Annealing = Literal["exponential", "rsqrt"]
 
 
-@register_scheduler("constant", check=check_settings)
+@register_scheduler("constant", check=check_ranges)
 def constant(step: int, *, warmup: int = 0, init: float = 0.0) -> float:
-    """Warm-up, then 1 for ever."""
+    """Warm-up, then constant at 1."""
     return _warm(step, warmup, init) if step <= warmup else 1.0
 
 
-@register_scheduler("linear", check=check_settings)
+@register_scheduler("linear", check=check_ranges)
 def linear(step: int, *, warmup: int = 0, total: int, floor: float = 0.0, init: float = 0.0) -> float:
     """Warm-up, then a straight line to ``floor`` at ``total``."""
     if step <= warmup:
@@ -35,7 +35,7 @@ def linear(step: int, *, warmup: int = 0, total: int, floor: float = 0.0, init: 
     return fall("linear", _share(step, warmup, total), low=floor) if step < total else floor
 
 
-@register_scheduler("cosine", check=check_settings)
+@register_scheduler("cosine", check=check_ranges)
 def cosine(
     step: int,
     *,
@@ -60,7 +60,7 @@ def cosine(
     return float(floor + (1.0 - floor) * fall("cosine", _share(step, warmup, total)) ** exponent)
 
 
-@register_scheduler("inverse-square-root", check=check_settings)
+@register_scheduler("inverse-square-root", check=check_ranges)
 def inverse_square_root(step: int, *, warmup: int = 0, total: int, floor: float = 0.0, init: float = 0.0) -> float:
     """Warm-up, then ``sqrt(warmup / step)``, never below ``floor``; ``floor`` after ``total``.
 
@@ -73,15 +73,15 @@ def inverse_square_root(step: int, *, warmup: int = 0, total: int, floor: float 
     return max(floor, math.sqrt(max(warmup, 1) / max(step, 1)))
 
 
-def _wsd_fits(settings: Mapping[str, Any]) -> None:
-    check_settings(settings)
+def _check_wsd(settings: Mapping[str, Any]) -> None:
+    check_ranges(settings)
     if settings["anneal"] == HARMONIC and settings["floor"] == 0:
         raise ValueError(
             "floor is 0, and harmonic decay never gets there; possible: (0, 1]. Give a lowest learning rate."
         )
 
 
-@register_scheduler("WSD", check=_wsd_fits)
+@register_scheduler("WSD", check=_check_wsd)
 def wsd(
     step: int,
     *,
@@ -92,10 +92,11 @@ def wsd(
     anneal: WSDDecay = "exponential",
     init: float = 0.0,
 ) -> float:
-    """Warm-up, stable, decay: warm-up, 1, and over the last ``decay`` steps before ``total`` down to ``floor``.
+    """Warm-up, stable, decay: after the warm-up 1, until the last ``decay`` steps before ``total`` fall to ``floor``.
 
     Args:
-        anneal: The shape of the fall; see `curves.fall`. ``harmonic`` needs a floor above 0.
+        decay: Number of steps of the decay.
+        anneal: Curve of the decay; see `curves.fall`. ``harmonic`` needs a floor above 0.
 
     Source: https://arxiv.org/abs/2404.06395; the harmonic fall: https://arxiv.org/abs/2410.05192
     """
@@ -106,7 +107,7 @@ def wsd(
     return fall(anneal, _share(step, total - decay, total), low=floor) if step < total else floor
 
 
-@register_scheduler("cosine-with-restarts", check=check_settings)
+@register_scheduler("cosine-with-restarts", check=check_ranges)
 def cosine_with_restarts(
     step: int, *, warmup: int = 0, t_0: int = 1000, t_mult: float = 2.0, floor: float = 0.0, init: float = 0.0
 ) -> float:
@@ -116,25 +117,25 @@ def cosine_with_restarts(
     """
     if step <= warmup:
         return _warm(step, warmup, init)
-    at = step - warmup
+    step_of_cycle = step - warmup
     if t_mult == 1:
-        at %= t_0
+        step_of_cycle %= t_0
     for length in cycle_lengths(t_0, t_mult):
-        if at < length:
+        if step_of_cycle < length:
             break
-        at -= length
-    return fall("cosine", at / length, low=floor)
+        step_of_cycle -= length
+    return fall("cosine", step_of_cycle / length, low=floor)
 
 
 def cycle_lengths(t_0: int, t_mult: float) -> Iterator[int]:
-    """Steps of one cycle of `cosine_with_restarts` after the other, without end; whole numbers for every ``t_mult``."""
+    """Length in steps of each cycle of `cosine_with_restarts`, without end; whole numbers for every ``t_mult``."""
     length = t_0
     while True:
         yield length
         length = round(min(length * t_mult, 2.0**53))
 
 
-@register_scheduler("polynomial", check=check_settings)
+@register_scheduler("polynomial", check=check_ranges)
 def polynomial(
     step: int, *, warmup: int = 0, total: int, power: float = 1.0, floor: float = 0.0, init: float = 0.0
 ) -> float:
@@ -144,7 +145,7 @@ def polynomial(
     return floor + (1.0 - floor) * (1.0 - _share(step, warmup, total)) ** power if step < total else floor
 
 
-@register_scheduler("exponential", check=check_settings)
+@register_scheduler("exponential", check=check_ranges)
 def exponential(
     step: int,
     *,
@@ -155,10 +156,10 @@ def exponential(
     floor: float = 0.0,
     init: float = 0.0,
 ) -> float:
-    """Warm-up, then times ``gamma`` every ``interval`` steps, never below ``floor``. Source: torch's ``ExponentialLR``.
+    """Warm-up, then multiplied by ``gamma`` every ``interval`` steps, at least ``floor``. Source: torch's ``ExponentialLR``.
 
     Args:
-        staircase: Fall at the end of each interval, instead of a little each step.
+        staircase: Fall at the end of each interval, instead of a little in each step.
     """
     if step <= warmup:
         return _warm(step, warmup, init)
@@ -166,25 +167,25 @@ def exponential(
     return max(floor, float(gamma**intervals))
 
 
-@register_scheduler("step", check=check_settings)
+@register_scheduler("step", check=check_ranges)
 def step_decay(
     step: int, *, warmup: int = 0, gamma: float = 0.1, interval: int, floor: float = 0.0, init: float = 0.0
 ) -> float:
-    """Warm-up, then times ``gamma`` after every ``interval`` steps, never below ``floor``. Source: torch's ``StepLR``."""
+    """Warm-up, then multiplied by ``gamma`` after every ``interval`` steps, at least ``floor``. Source: torch's ``StepLR``."""
     return exponential(step, warmup=warmup, gamma=gamma, interval=interval, staircase=True, floor=floor, init=init)
 
 
-def _infinite_fits(settings: Mapping[str, Any]) -> None:
-    check_settings(settings)
+def _check_infinite(settings: Mapping[str, Any]) -> None:
+    check_ranges(settings)
     if settings["floor"] == 0:
         raise ValueError("floor is 0, and annealing never gets there; possible: (0, 1]. Give a lowest learning rate.")
     if settings["begin"] >= 0 and settings["floor"] > settings["constant"]:
         raise ValueError(f"floor is {settings['floor']}, above the constant {settings['constant']}; lower it.")
     if settings["anneal"] == "rsqrt" and not settings["decay"]:
-        raise ValueError("rsqrt annealing needs the number of its steps; given decay 0, possible: 1 and more.")
+        raise ValueError("rsqrt annealing needs the number of its steps, but decay is 0; possible: 1 and more.")
 
 
-@register_scheduler("infinite", check=_infinite_fits)
+@register_scheduler("infinite", check=_check_infinite)
 def infinite(
     step: int,
     *,
@@ -198,12 +199,12 @@ def infinite(
     floor: float,
     init: float = 0.0,
 ) -> float:
-    """Warm-up, half a cosine from 1 to ``constant`` over ``cooldown`` steps, ``constant`` for ever, or until annealing begins.
+    """Warm-up, half a cosine from 1 to ``constant`` over ``cooldown`` steps, then ``constant``, until annealing begins, if ever.
 
     Without a cooldown the constant phase is at 1, and annealing still begins at ``constant``.
 
     Args:
-        begin: The step at which annealing begins; -1: never.
+        begin: Step at which annealing begins; -1 for never.
         anneal: ``exponential``: ``constant (floor / constant) ** ((step - begin) / (tau + begin))``, never below ``floor``;
             ``rsqrt``: the harmonic fall to ``floor`` over ``decay`` steps.
 

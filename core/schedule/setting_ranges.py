@@ -1,11 +1,11 @@
-"""Which settings a schedule can have, by the names that all schedules of this package share."""
+"""Possible values of the settings of schedules, by the names that all schedules of this package share."""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 _WHOLE: dict[str, int] = {"warmup": 0, "total": 1, "decay": 0, "cooldown": 0, "t_0": 1, "interval": 1, "begin": -1}
-"""Numbers of steps, and the smallest of each that makes sense."""
+"""Setting that is a whole number of steps → its smallest possible value."""
 
 _REAL: dict[str, tuple[Callable[[float], bool], str]] = {
     "floor": (lambda x: 0 <= x <= 1, "[0, 1]. It is the lowest learning rate divided by the peak"),
@@ -20,13 +20,14 @@ _REAL: dict[str, tuple[Callable[[float], bool], str]] = {
     "div_factor": (lambda x: x >= 1, ">= 1. It is the peak divided by the first learning rate"),
     "final_div_factor": (lambda x: x >= 1, ">= 1. It is the first learning rate divided by the last"),
 }
+"""Setting that is a real number → check of its value, and text of the error: possible values and meaning."""
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that no schedule could have, alone or together; others are let through.
+def check_ranges(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that no schedule can have, alone or together; settings of other names are not checked.
 
     Raises:
-        ValueError: names the setting, its value, and what is possible.
+        ValueError: names the setting, its value and the possible values.
     """
     for setting, value in settings.items():
         if setting in _WHOLE and (not isinstance(value, int) or isinstance(value, bool) or value < _WHOLE[setting]):
@@ -46,7 +47,7 @@ def _check_lengths(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"warmup is {warmup} steps of {total}; possible: 0 <= warmup < total. Shorten the warm-up.")
     if total is not None and "decay" in settings and not 0 < settings["decay"] <= total - warmup:
         raise ValueError(
-            f"a decay needs a length; given {settings['decay']}, possible: 1..{total - warmup} "
+            f"decay is {settings['decay']} steps; possible: 1..{total - warmup} "
             f"(what the warm-up of {warmup} leaves of {total} steps)."
         )
     start = warmup + settings.get("cooldown", 0)

@@ -16,7 +16,7 @@ from core.schedule import (
     one_cycle_momentum,
     phases,
     resumed_start,
-    settings_of,
+    schedule_parameters,
 )
 
 from ..usage import UsageError
@@ -139,7 +139,7 @@ def settings_of_run(args: ScheduleArguments, peak: float, lowest: float, start: 
     Raises:
         UsageError: they do not fit each other.
     """
-    known = settings_of(args.lr_decay_style)
+    known = schedule_parameters(args.lr_decay_style)
     settings = _settings(args, start) | {"floor": (lowest / peak) if peak else args.min_lr / args.lr}
     settings = {name: value for name, value in settings.items() if name in known}
     try:
