@@ -1,4 +1,4 @@
-"""Faults that show in numbers: steps that must not be taken, and state that must not be saved. All ranks decide together."""
+"""Numerical faults: steps that must not be taken, and state that must not be saved. All ranks decide together."""
 
 import math
 from collections import deque
@@ -17,8 +17,8 @@ from .optimizer.clip import NonFiniteGradientError
 from .process_groups_config import gather
 from .sharding.parameter_layout import local, local_gradient
 
-NAMED = 3
-"""Places that an error names; the others are counted."""
+MAX_NAMED = 3
+"""Number of tensors that an error names; the others are counted."""
 
 
 class FaultError(ArithmeticError):
@@ -27,12 +27,12 @@ class FaultError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks decided about a step.
+    """The decision of all ranks about a step.
 
     Attributes:
-        take: Whether to take it.
-        norm: Of the gradients before clipping; NaN when that is not finite.
-        reason: Why it is left out; empty when it is taken.
+        take: Whether to take the step.
+        norm: Global norm of the gradients before clipping; NaN when it is not finite.
+        reason: Reason to leave the step out; empty when it is taken.
     """
 
     take: bool
@@ -41,7 +41,7 @@ class Verdict:
 
 
 class Guard:
-    """Says of each step whether to take it, with one small reduction over all ranks.
+    """Decides for each step whether to take it, with one small reduction over all ranks.
 
     ::
 
@@ -52,24 +52,24 @@ class Guard:
 
     A step that is left out changes neither weights nor state. The loop goes on as if it had been taken: the step number, the
     position in the data and the learning-rate schedule, which is a function of the step, move on. Otherwise the same
-    sequences would come again, and with them the fault.
+    sequences would be trained on again, with the same fault.
 
     All ranks of the default process group make one, with the same arguments, and call it together.
 
     Args:
-        optimizer: Whose gradients are judged.
-        on_non_finite: What to do when a gradient or the loss is not finite on any rank: raise, or leave the step out.
-        max_skipped: Steps left out in a row at which :meth:`judge` raises.
-        loss_spike: Leave out steps whose loss is above this multiple of the running median; None: never.
-        norm_spike: The same for the gradient norm before clipping.
-        window: Steps that the median runs over, the last ones that were taken. Until there are so many, nothing is a spike.
+        optimizer: Optimizer of the parameters whose gradients are judged.
+        on_non_finite: Action when a gradient or the loss is not finite on any rank: raise, or leave the step out.
+        max_skipped: Number of steps left out in a row at which :meth:`judge` raises.
+        loss_spike: Multiple of the running median of losses above which a step is left out; None for no limit.
+        norm_spike: Multiple of the running median of gradient norms before clipping; None for no limit.
+        window: Number of taken steps in the median. Until so many were taken, no step is left out as a spike.
 
     Attributes:
-        skipped: Steps left out in all.
-        in_a_row: Steps left out since the last one that was taken.
+        skipped: Number of steps left out in all.
+        in_a_row: Number of steps left out since the last one that was taken.
 
     Raises:
-        ValueError: for an argument that makes no sense.
+        ValueError: for an argument out of its range.
     """
 
     def __init__(
@@ -98,27 +98,28 @@ class Guard:
         self.skipped = self.in_a_row = 0
 
     def judge(self, step: int, loss: float, *, max_norm: float = 0.0, total: Tensor | None = None) -> Verdict:
-        """Decide about the step whose gradients are in ``.grad``; mutates nothing but gradients, which it clips.
+        """Decide about the step whose gradients are in ``.grad``; clips the gradients and mutates nothing else.
 
         Args:
-            step: Its number, for messages.
-            loss: Its loss on this rank.
-            max_norm: Largest global norm of the gradients; 0: no clipping.
-            total: That norm, where it is known and the loss is that of all pipeline stages. Then only replicas are asked.
+            step: Number of the step, for messages.
+            loss: Loss of the step on this rank.
+            max_norm: Largest global norm of the gradients; 0 for no clipping.
+            total: Global norm of the gradients, if the caller knows it and ``loss`` is the same on all pipeline stages. Then the
+                reduction covers only data-parallel replicas.
 
         Raises:
-            FaultError: on all ranks, when a gradient or the loss is not finite on any and that is an error; names
-                parameter, rank and step. Also when too many steps in a row were left out.
+            FaultError: on all ranks, when a gradient or the loss is not finite on any rank and ``on_non_finite`` is ``error``;
+                names parameter, rank and step. Also when ``max_skipped`` steps in a row were left out.
         """
         try:
             norm = self._optimizer.clip_grad_norm_(max_norm, total)
         except NonFiniteGradientError:
-            norm = math.nan  # replicas may have finite ones: it is said when they know, too
+            norm = math.nan  # replicas may have finite gradients: raise only when they know, too
         finite = math.isfinite(loss) and math.isfinite(norm)
-        mine = (float(not finite), loss if finite else -math.inf, norm if finite else -math.inf)
+        local_values = (float(not finite), loss if finite else -math.inf, norm if finite else -math.inf)
         groups = self._optimizer.pg_collection
-        asked = _world() if total is None else groups.domain((groups.axis("dp"),)).group
-        broken, loss_of_all, norm_of_all = _largest(mine, self._optimizer, asked)
+        group = _world() if total is None else groups.domain((groups.axis("dp"),)).group
+        broken, loss_of_all, norm_of_all = _largest(local_values, self._optimizer, group)
         if broken:
             reason = self._broken(step, loss)
             if not self._skips:
@@ -127,21 +128,21 @@ class Guard:
                     f"steps out (on_non_finite='skip')."
                 )
             return self._leave_out(norm, reason)
-        seen = {"loss": loss_of_all, "gradient norm": norm_of_all}
-        if reason := self._spike(step, seen):
+        values = {"loss": loss_of_all, "gradient norm": norm_of_all}
+        if reason := self._spike(step, values):
             return self._leave_out(norm, reason)
-        for name, value in seen.items():
+        for name, value in values.items():
             self._taken[name].append(value)
         self.in_a_row = 0
         return Verdict(True, norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and what the medians run over; JSON can hold it."""
+        """Counters and the values in the running medians, of JSON types."""
         taken = {name: list(values) for name, values in self._taken.items()}
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "taken": taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the one that ``state`` was taken from left off."""
+        """Continue from ``state``, a result of :meth:`state_dict`."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         for name, values in state["taken"].items():
             self._taken[name].clear()
@@ -157,45 +158,47 @@ class Guard:
             )
         return Verdict(False, norm, reason)
 
-    def _spike(self, step: int, seen: Mapping[str, float]) -> str:
+    def _spike(self, step: int, values: Mapping[str, float]) -> str:
+        """Description of the first value above its limit; empty when there is none."""
         for name, factor in self._spikes.items():
             taken = self._taken[name]
-            if factor is not None and len(taken) == taken.maxlen and seen[name] > factor * median(taken):
+            if factor is not None and len(taken) == taken.maxlen and values[name] > factor * median(taken):
                 usual = f"{median(taken):.4g}, the median of the last {len(taken)} steps"
-                return f"step {step}: {name} {seen[name]:.4g} is more than {factor:g} times {usual}"
+                return f"step {step}: {name} {values[name]:.4g} is more than {factor:g} times {usual}"
         return ""
 
     def _broken(self, step: int, loss: float) -> str:
+        """Description of what is not finite on any rank."""
         entries = self._optimizer.entries()
         bad = [name for name, p, _ in entries if p.grad is not None and not _all_finite([local_gradient(p)])]
-        found = _everywhere([*(f"gradient of {name}" for name in bad), *([] if math.isfinite(loss) else ["loss"])])
-        # Each gradient is finite: only a step so large that float64 cannot hold its norm.
-        return f"step {step}: {_named(found)}" if found else f"step {step}: gradient norm overflows float64"
+        faults = _on_all_ranks([*(f"gradient of {name}" for name in bad), *([] if math.isfinite(loss) else ["loss"])])
+        # When every gradient is finite, float64 cannot hold the norm.
+        return f"step {step}: {_listed(faults)}" if faults else f"step {step}: gradient norm overflows float64"
 
 
 def check_state(optimizer: ChainedOptimizer, step: int) -> None:
-    """See that all weights and optimizer state are finite; all ranks of the default process group call it.
+    """Check that all weights and all optimizer state are finite; all ranks of the default process group call it.
 
-    One pass over them and one small reduction.
+    It reads them once and makes one small reduction.
 
     Args:
-        optimizer: Whose parameters and state.
-        step: Finished steps, for the message.
+        optimizer: Optimizer whose parameters and state are checked.
+        step: Number of finished steps, for the message.
 
     Raises:
-        FaultError: on all ranks, when anything is not; names parameter, slot and rank.
+        FaultError: on all ranks, when a weight or a state is not finite on any; names parameter, slot and rank.
     """
-    held = list(_held(optimizer))
-    mine = float(not _all_finite([x for _, x in held]))
-    if not any(_largest((mine,), optimizer, _world())):
+    tensors = list(_weights_and_state(optimizer))
+    fault = float(not _all_finite([x for _, x in tensors]))
+    if not any(_largest((fault,), optimizer, _world())):
         return
-    found = _everywhere([name for name, x in held if not _all_finite([x])])
+    faults = _on_all_ranks([name for name, x in tensors if not _all_finite([x])])
     raise FaultError(
-        f"after step {step}: {_named(found)}. Leaving steps out does not mend that: resume from an earlier checkpoint."
+        f"after step {step}: {_listed(faults)}. Leaving steps out does not repair that: resume from an earlier checkpoint."
     )
 
 
-def _held(optimizer: ChainedOptimizer) -> Iterator[tuple[str, Tensor]]:
+def _weights_and_state(optimizer: ChainedOptimizer) -> Iterator[tuple[str, Tensor]]:
     for name, p, _ in optimizer.entries():
         yield f"weight of {name}", local(p.detach())
         for slot, value in optimizer.state[p].items():
@@ -204,30 +207,30 @@ def _held(optimizer: ChainedOptimizer) -> Iterator[tuple[str, Tensor]]:
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    # The largest magnitude: NaN and infinity stay in it, large numbers do not overflow, and it takes no memory.
+    # The largest magnitude keeps NaN and infinity, does not overflow, and takes no memory.
     largest = [torch.linalg.vector_norm(x.detach(), math.inf).double().cpu() for x in tensors if x.numel()]
     return not largest or bool(torch.stack(largest).isfinite().all())
 
 
 def _largest(values: Sequence[float], optimizer: ChainedOptimizer, group: dist.ProcessGroup | None) -> list[float]:
-    """The largest of each over the ranks of ``group``; None stands for a single rank."""
+    """The largest of each value over the ranks of ``group``; None stands for a single rank."""
     if group is None:
         return list(values)
     device = next((local(p).device for _, p, _ in optimizer.entries()), torch.device("cpu"))
     votes = torch.tensor(values, dtype=torch.float64, device=device)
-    found: list[float] = engine.reduced("decision on the step", votes, "max", group)().tolist()
-    return found
+    largest: list[float] = engine.reduced("decision on the step", votes, "max", group)().tolist()
+    return largest
 
 
-def _everywhere(mine: list[str]) -> list[tuple[int, str]]:
-    """What all ranks found, with the rank."""
-    return [(rank, text) for rank, texts in enumerate(gather(mine)) for text in texts]
+def _on_all_ranks(names: list[str]) -> list[tuple[int, str]]:
+    """(rank, name) of the ``names`` of all ranks."""
+    return [(rank, name) for rank, of_rank in enumerate(gather(names)) for name in of_rank]
 
 
-def _named(found: Sequence[tuple[int, str]]) -> str:
-    named = ", ".join(f"{text} on rank {rank}" for rank, text in found[:NAMED])
-    rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return f"{named}{rest} {'are' if len(found) > 1 else 'is'} not finite"
+def _listed(faults: Sequence[tuple[int, str]]) -> str:
+    named = ", ".join(f"{name} on rank {rank}" for rank, name in faults[:MAX_NAMED])
+    rest = f" and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
+    return f"{named}{rest} {'are' if len(faults) > 1 else 'is'} not finite"
 
 
 def _world() -> dist.ProcessGroup | None:

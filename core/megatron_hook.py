@@ -1,6 +1,6 @@
-"""Our optimizers in any Megatron job, with nothing changed but the environment: ``SHARDSTEP_MEGATRON=1``.
+"""This package's optimizers in any Megatron job, by the environment variable ``SHARDSTEP_MEGATRON=1`` alone.
 
-The wheel brings a path file that imports this when Python starts. It imports nothing heavy, and nothing of ours, until
+The wheel contains a path file that imports this module when Python starts. It imports only the standard library until
 Megatron-Core itself is imported.
 """
 
@@ -31,11 +31,11 @@ AFTER: dict[str, Callable[[], None]] = {
     "megatron.core.optimizer": _register,
     "megatron.training.arguments": _extend_arguments,
 }
-"""Module → what to do as soon as it is imported."""
+"""Name of a module → function to call as soon as the module is imported."""
 
 
 class _After(MetaPathFinder):
-    """Finds the modules of ``AFTER`` where everybody does, and lets something happen after their import."""
+    """Finds the modules of :data:`AFTER` by the usual finders, and has their functions called after the import."""
 
     def __init__(self) -> None:
         self.waiting = dict(AFTER)
@@ -54,6 +54,8 @@ class _After(MetaPathFinder):
 
 
 class _Then(Loader):
+    """Loads a module with ``loader``, and then calls ``then``."""
+
     def __init__(self, loader: Loader, then: Callable[[], None]) -> None:
         self.loader, self.then = loader, then
 
@@ -66,6 +68,6 @@ class _Then(Loader):
 
 
 def install() -> None:
-    """Wait for Megatron-Core, if the environment asks for it."""
+    """Prepare for the import of Megatron-Core, if :data:`VARIABLE` is set to 1; changes ``sys.meta_path``."""
     if os.environ.get(VARIABLE) == "1" and not any(isinstance(finder, _After) for finder in sys.meta_path):
         sys.meta_path.insert(0, _After())

@@ -25,20 +25,20 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
-# Entries drawn at a time: about a dozen int64 tensors of this size live at once.
-_BLOCK = {"cpu": 2**15}
-_BLOCK_ELSEWHERE = 2**24
+# Entries drawn at a time, by type of device: about a dozen int64 tensors of this size exist at once.
+_BLOCK_ENTRIES = {"cpu": 2**15}
+_DEFAULT_BLOCK_ENTRIES = 2**24
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a draw is for. Two keys that differ in anything give independent numbers.
+    """Identifies a draw. Two keys that differ in any attribute give independent numbers.
 
     Attributes:
-        seed: The user's.
-        name: The parameter's name in the whole model.
-        step: Of the optimizer, or whatever counts the draws.
-        purpose: Tells the draws of one step apart.
+        seed: Seed that the user chose.
+        name: Name of the parameter in the whole model.
+        step: Number of the optimizer step, or of the draw.
+        purpose: Text that tells the draws of one step apart.
     """
 
     seed: int
@@ -48,19 +48,19 @@ class Key:
 
     @property
     def words(self) -> tuple[int, int, int, int]:
-        """128 bits: Philox's two key words, then the upper two words of the counter. The same on every machine."""
-        said = "\0".join((str(self.seed), self.name, str(self.step), self.purpose))
-        digest = blake2b(said.encode(), digest_size=16).digest()
+        """128 bits: Philox's two key words, then the upper two words of the counter. Equal on every machine."""
+        text = "\0".join((str(self.seed), self.name, str(self.step), self.purpose))
+        digest = blake2b(text.encode(), digest_size=16).digest()
         k0, k1, c2, c3 = (int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4))
         return k0, k1, c2, c3
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:
-    """Philox4x32-10 of int64 tensors that hold 32-bit words; four such tensors. Salmon et al. 2011, section 3.3."""
+    """Philox4x32-10 of four int64 tensors that hold 32-bit words; returns four of them. Salmon et al. 2011, section 3.3."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # 64-bit products wrap around into the sign, which the mask takes off again.
+        # 64-bit products wrap around into the sign, which the mask removes.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = (p1 >> 32).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = (p0 >> 32).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
@@ -73,10 +73,13 @@ def bits(key: Key, lay: Layout | Sequence[int], *, words: int = 1, device: torch
     """``words`` ≤ 4 independent tensors of 32 random bits, int64 in [0, 2³²), each this rank's shard of ``lay``.
 
     Args:
-        key: What they are for.
-        lay: Where the whole tensor lives, or the shape of one that is whole here; () for a single number.
-        words: How many tensors; all four cost hardly more than one.
-        device: Where to draw.
+        key: Identifies the draw.
+        lay: Layout of the whole tensor, or the shape of a tensor that this rank has whole; () for a single number.
+        words: Number of tensors; four cost hardly more than one.
+        device: Device to draw on.
+
+    Raises:
+        ValueError: when ``words`` is not 1 to 4.
     """
     if not 1 <= words <= 4:
         raise ValueError(f"words={words} must be 1 to 4: one Philox block an entry; use another purpose for more.")
@@ -140,14 +143,14 @@ def _draw(
     of: Callable[[Words], Sequence[Tensor]],
     count: int = 1,
 ) -> list[Tensor]:
-    """``count`` tensors of this rank's shard that ``of`` makes of the Philox words of each entry, block by block."""
+    """``count`` tensors of the shape of this rank's shard, which ``of`` computes from the Philox words of each entry."""
     lay = lay if isinstance(lay, Layout) else Layout.whole(lay)
     device = torch.device(device)
     k0, k1, *upper = key.words
     out = [torch.empty(lay.local_shape, dtype=dtype, device=device) for _ in range(count)]
     flat = [x.view(-1) for x in out]
     held = [_indices(lay, dim, device) for dim in range(-lay.ndim, 0)]
-    size, step = out[0].numel(), _BLOCK.get(device.type, _BLOCK_ELSEWHERE)
+    size, step = out[0].numel(), _BLOCK_ENTRIES.get(device.type, _DEFAULT_BLOCK_ENTRIES)
     for lo in range(0, size, step):
         index = _whole_index(torch.arange(lo, min(lo + step, size), device=device), lay, held)
         c2, c3 = (torch.full_like(index, word) for word in upper)
@@ -170,7 +173,7 @@ def _whole_index(index: Tensor, lay: Layout, held: Sequence[Tensor]) -> Tensor:
         return index
     strides = list(accumulate(reversed(lay.shape[1:]), int.__mul__, initial=1))  # last dim first
     whole = torch.zeros_like(index)
-    for size, stride, mine in zip(reversed(lay.local_shape), strides, reversed(held), strict=True):
-        whole += mine[index % size] * stride
+    for size, stride, indices in zip(reversed(lay.local_shape), strides, reversed(held), strict=True):
+        whole += indices[index % size] * stride
         index = index // size
     return whole

@@ -1,1 +1,1 @@
-"""How numbers are stored."""
+"""Rounding of numbers to the precision in which they are stored."""

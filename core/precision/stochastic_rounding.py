@@ -1,4 +1,4 @@
-"""float32 to bfloat16 by stochastic rounding: small updates of 16-bit parameters are kept on average, not lost."""
+"""Stochastic rounding of float32 to bfloat16: small updates of 16-bit parameters are kept on average, not lost."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
             (:func:`core.philox.bits`).
 
     Returns:
-        bfloat16, the shape of ``x``. A bfloat16 value comes back as it is.
+        A bfloat16 tensor of the shape of ``x``. Values that bfloat16 can hold are unchanged.
 
     Raises:
         ValueError: when ``x`` is not float32.
