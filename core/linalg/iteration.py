@@ -13,7 +13,7 @@ from .products import product, symmetric_product
 from .variants import SIXTEEN_BIT_DTYPES, Coefficients
 
 MIN_NORM = 1e-30
-"""Smallest norm that X is divided by. A matrix with a smaller norm keeps one below 1, and a zero matrix stays zero."""
+"""Smallest norm that X is divided by. A matrix with a smaller norm stays below norm 1, and a zero matrix stays zero."""
 
 MIN_SQUARABLE_NORM = 2.0**-50
 """Frobenius norm below which squares of entries are too close to float32's smallest number to be exact."""
