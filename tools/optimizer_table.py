@@ -1,4 +1,4 @@
-"""The README's table of optimizers, out of the registry: torchrun --nproc-per-node 2 -m tools.optimizer_table [--write]."""
+"""The table of optimizers in docs/, made from the registry: torchrun --nproc-per-node 2 -m tools.optimizer_table [--write]."""
 
 import argparse
 import re
@@ -18,7 +18,7 @@ from core.optimizer.registry import entry_of
 from core.optimizer.steps.torch_class import LibraryStep
 from core.process_groups_config import ProcessGroupCollection
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
 BEGIN, END = "<!-- table of optimizers: begin -->", "<!-- table of optimizers: end -->"
 LIBRARY = "https://github.com/NVIDIA-NeMo/Emerging-Optimizers"
 ROWS, COLS = 1024, 4096
@@ -70,10 +70,10 @@ def collectives(name: str, pg: dist.ProcessGroup) -> int:
 
 
 def written() -> str:
-    """The table that stands in the README."""
-    found = re.search(f"{BEGIN}\n(.*?)\n?{END}", README.read_text(), re.DOTALL)
+    """The table that the page holds."""
+    found = re.search(f"{BEGIN}\n(.*?)\n?{END}", PAGE.read_text(), re.DOTALL)
     if found is None:
-        raise ValueError(f"{README} has no lines {BEGIN} and {END}; put them where the table belongs.")
+        raise ValueError(f"{PAGE} has no lines {BEGIN} and {END}; put them where the table belongs.")
     return found[1]
 
 
@@ -120,17 +120,17 @@ def _needs(name: str) -> str:
 
 
 def main() -> None:
-    """Print the table, or write it into the README."""
+    """Print the table, or write it into the PAGE."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    parser.add_argument("--write", action="store_true", help="put it into PAGE.md")
     write = parser.parse_args().write
     dist.init_process_group("gloo")
     assert dist.group.WORLD is not None
     text = table(dist.group.WORLD)
     if dist.get_rank() == 0:
         if write:
-            before, _, rest = README.read_text().partition(BEGIN)
-            README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+            before, _, rest = PAGE.read_text().partition(BEGIN)
+            PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
         else:
             print(text)
     dist.destroy_process_group()
