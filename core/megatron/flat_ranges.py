@@ -25,8 +25,9 @@ class FlatOptimizer(DistributedOptimizer):
 
     Args:
         cls: Class of ours, of kind ``elementwise``.
-        kwargs: Its constructor's arguments.
-        param_groups: Of the model's parameters; mutated: in the end they are groups of pieces. Empty on a rank without any.
+        kwargs: Constructor arguments of the class.
+        param_groups: Groups of the model's parameters; mutated: in the end they are groups of pieces. Empty on a rank
+            without any.
         config: Megatron-Core's ``OptimizerConfig``.
         rest: What its distributed optimizer takes besides.
 
@@ -103,11 +104,11 @@ def flat_optimizer(
 
     Args:
         cls: The class, of kind ``elementwise``.
-        kwargs: Its constructor's arguments.
+        kwargs: Constructor arguments of the class.
         config: Megatron-Core's ``OptimizerConfig``.
         model_chunks: In its data-parallel wrapper, which reduces and scatters gradients.
         config_overrides: Megatron-Core's, by ``ParamKey``.
-        pg_collection: Its process groups; None: those of ``parallel_state``.
+        pg_collection: Megatron-Core's process groups; None: those of ``parallel_state``.
 
     Returns:
         A ``ChainedOptimizer``: of dense parameters, and of experts where there are any.

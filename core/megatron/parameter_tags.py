@@ -38,7 +38,7 @@ def tag(model_chunks: Sequence[nn.Module], groups: ProcessGroupCollection, *, sp
     ``partition_stride`` of gated MLPs.
 
     Args:
-        model_chunks: Of this pipeline stage.
+        model_chunks: Modules of this pipeline stage.
         groups: Over which their parameters are cut.
         split_heads: Split attention into heads too (``config.shardstep_split_heads``): the parts of each head apart.
 

@@ -55,7 +55,7 @@ def check(name: str, config: Any, model_chunks: Sequence[nn.Module], groups: Any
     """Refuse what Megatron-Core would accept and step wrongly.
 
     Args:
-        name: Of the optimizer, in our registry.
+        name: Name of the optimizer in our registry.
         config: Megatron-Core's ``OptimizerConfig``.
         model_chunks: In their data-parallel wrapper.
         groups: Megatron-Core's process groups.

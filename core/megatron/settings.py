@@ -8,7 +8,7 @@ from ..sharding.tp_modes import AUTO, exact_modes
 from .upstream import GLOBALS
 
 PREFIX = "shardstep_"
-"""Of our optimizers' names in Megatron, and of what our flags are called in its parsed command line."""
+"""Prefix of our optimizers' names in Megatron, and of our flags in its parsed command line."""
 
 TP_MODE = f"{PREFIX}tp_mode"
 SPLIT_HEADS = f"{PREFIX}split_heads"
@@ -24,7 +24,7 @@ class Settings:
 
     Args:
         config: Megatron-Core's ``OptimizerConfig``.
-        name: Of the optimizer, in our registry.
+        name: Name of the optimizer in our registry.
     """
 
     def __init__(self, config: Any, name: str) -> None:

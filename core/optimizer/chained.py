@@ -24,8 +24,8 @@ class Assignment:
         name: The parameter.
         optimizer: Registered name of its optimizer.
         shape: Shape of the whole.
-        sharding: How the whole is cut, in words.
-        mode: How its shards come together.
+        sharding: The cut of the whole, in words.
+        mode: The way in which the shards come together.
     """
 
     name: str

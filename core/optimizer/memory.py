@@ -20,8 +20,8 @@ class StateMemory:
         state: Name of the state tensor.
         parameters: Entries of the whole parameters that have it.
         whole: Bytes of the whole state tensors, each counted once however many ranks keep it.
-        predicted: Bytes that this rank should keep.
-        measured: Bytes that it keeps.
+        predicted: Bytes that this rank should keep, by the declaration.
+        measured: Bytes that this rank keeps.
     """
 
     optimizer: str

@@ -23,7 +23,7 @@ class OptimizerConfig:
     Attributes:
         optimizer: Registered name.
         lr: Learning rate.
-        min_lr: Where schedules end.
+        min_lr: Learning rate at the end of a schedule.
         weight_decay: Coefficient of weight decay, of every optimizer.
         decoupled_weight_decay: False adds it to the gradient; ``sgd`` always does.
         weight_decay_method: ``decoupled``, ``independent``, ``l2`` or ``palm`` (:func:`~.weight_decay.decay_`),

@@ -195,11 +195,11 @@ def entry_for(name: str, cls: type, *config_to_kwargs: ConfigToKwargs | None, bu
     """The entry of a class of which nothing is special: arguments by name, and no overrides where it takes every parameter.
 
     Args:
-        name: Its name in the registry.
+        name: Name in the registry.
         cls: The optimizer class. Its attribute ``matrices_only`` says whether parameters that are no matrices must go to Adam;
             a class without that attribute is taken to want matrices only.
         config_to_kwargs: In place of arguments by name.
-        builder: As in :class:`EmergingOptimizerEntry`.
+        builder: Builder, as in :class:`EmergingOptimizerEntry`.
     """
     every_shape = getattr(cls, "matrices_only", True) is False
     (to_kwargs,) = config_to_kwargs or (from_config(name),)

@@ -25,10 +25,10 @@ class Routed:
     """One parameter and what was decided for it.
 
     Attributes:
-        name: Its global name.
+        name: Global name of the parameter.
         param: The parameter.
         optimizer: Name of its optimizer.
-        settings: What its parameter group has besides the optimizer's own defaults.
+        settings: Settings of its parameter group besides the optimizer's own defaults.
     """
 
     name: str

@@ -29,7 +29,7 @@ class SpeculativeStep:
     more, from the first step on.
 
     Args:
-        optimizer: Of one stage.
+        optimizer: The optimizer of one pipeline stage.
 
     Raises:
         ValueError: when its rule reduces over all stages, and some of them would not be there.

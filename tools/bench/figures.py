@@ -57,7 +57,7 @@ FIGURES = [
     *_both_sizes("Megatron-Core's Muon, torch's AdamW", WHOLE_STEP, (0.35, 0.35), "whole step", 4, "medium"),
 ]
 SCALING, SCALING_RANKS = 1.15, (2, 4, 8)
-"""Of one rank's time on these ranks, times their number, over the time of one process."""
+"""Ratio of one rank's time on these ranks, times their number, to the time of one process."""
 
 
 def figures_table(reports: Sequence[dict[str, Any]]) -> str:

@@ -29,7 +29,7 @@ Make = Callable[[list[nn.Parameter]], Any]
 
 
 def shapes() -> Iterator[tuple[int, ...]]:
-    """Of GPT-2's parameters: embeddings, layers, last norm."""
+    """Shapes of GPT-2's parameters: embeddings, layers, last norm."""
     yield from ((VOCABULARY, WIDTH), (CONTEXT, WIDTH))
     for _ in range(LAYERS):
         yield from ((WIDTH,), (WIDTH,), (3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (WIDTH,))

@@ -44,7 +44,7 @@ def ratios(of: Sequence[Any], clock: Clock, unit: str) -> tuple[Row, list[Row]]:
 
 
 def errors(result: Result) -> Row:
-    """Of the matrices, and of what AdamW updates where there is such.
+    """Errors of the matrices, and of the parameters that AdamW updates where there are any.
 
     AdamW's has one digit: it is the last bit of float32, which every kernel rounds in its own way.
     """

@@ -64,7 +64,7 @@ def objects(a: Source, b: Source) -> list[str]:
 
 
 def distance(key: str, x: Tensor, y: Tensor) -> Distance:
-    """Of two tensors of one shape."""
+    """How far two tensors of one shape are apart."""
     same_bits = x.dtype == y.dtype and torch.equal(_bytes(x), _bytes(y))
     if same_bits or not x.numel():
         return Distance(key, same_bits, 0.0, 0.0)

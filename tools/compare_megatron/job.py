@@ -114,7 +114,7 @@ class Job:
         return get_megatron_optimizer(config, [self.model], use_gloo_process_groups=False)
 
     def shape(self, p: Tensor) -> tuple[int, ...]:
-        """Of the whole tensor that ``p`` is a shard of."""
+        """Shape of the whole tensor that ``p`` is a shard of."""
         cut = self._cut(p)
         return tuple(n * self.tp if d == cut else n for d, n in enumerate(p.shape))
 
@@ -184,7 +184,7 @@ class Job:
 
 
 def gradient(name: str, shape: Sequence[int], step: int) -> Tensor:
-    """Of the whole weight in step ``step``."""
+    """Gradient of the whole weight in step ``step``."""
     return whole(name, shape, f"gradient {step}")
 
 

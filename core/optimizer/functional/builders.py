@@ -67,7 +67,7 @@ class OptimizerBuilder:
         """``optimizer`` with a step for pipeline stages.
 
         Args:
-            scheduler: As of :meth:`build`.
+            scheduler: The schedule, as for :meth:`build`.
             optimizer: What :meth:`build` made, with what was put around it.
             tx_kwargs: ``weight_decay``, ``weight_decay_mask``, ``gradient_accumulation_steps``, ``clip_grad``, and others.
         """
@@ -84,9 +84,9 @@ class RegistryBuilder(OptimizerBuilder):
             under a schedule; None: 1.
         pg_collection: Process groups, as of ``get_optimizer``; ``init`` communicates over them, a step only where the
             optimizer does, or to clip.
-        param_overrides: As of ``get_optimizer``.
-        weight_decay_mask: As of ``get_optimizer``.
-        donate: As of :class:`FunctionalOptimizer`.
+        param_overrides: Overrides, as for ``get_optimizer``.
+        weight_decay_mask: Mask, as for ``get_optimizer``.
+        donate: Whether tensors are reused, as for :class:`FunctionalOptimizer`.
     """
 
     def __init__(
@@ -185,8 +185,8 @@ def make_transformation(
         gradient_accumulation_steps: Micro-steps a step; a stage-local step raises when there are several.
         clip_grad: Largest global norm of the gradients; None or 0: no clipping.
         pg_collection: Process groups of the model.
-        param_overrides: As of ``get_optimizer``.
-        donate: As of :class:`FunctionalOptimizer`.
+        param_overrides: Overrides, as for ``get_optimizer``.
+        donate: Whether tensors are reused, as for :class:`FunctionalOptimizer`.
         extra_kwargs: For the builder's ``build_mpmd``.
 
     Raises:

@@ -111,7 +111,7 @@ def make_stage_local_gradient_transformation(
     """``tx`` with ``apply_fn`` as its stage-local step.
 
     Args:
-        tx: Its ``init`` and ``update`` stay what they are.
+        tx: The functional optimizer; its ``init`` and ``update`` stay what they are.
         metadata: Passed to ``apply_fn`` as ``metadata=``; its ``clip_grad`` is seen to before ``apply_fn`` gets the gradients.
         apply_fn: The step; see :data:`ApplyFn`.
 
@@ -131,7 +131,7 @@ def make_unsupported_stage_local_gradient_transformation(
     """``tx``, whose stage-local step raises NotImplementedError and says what to do.
 
     Args:
-        tx: Its ``init`` and ``update`` work as they did.
+        tx: The functional optimizer; its ``init`` and ``update`` work as they did.
         optimizer_type: Name of the optimizer, for the error.
         reason: Ends the error.
     """

@@ -107,7 +107,7 @@ def clipped(
 
     Args:
         params: Parameters of this rank, by name, with their attributes.
-        grads: Their gradients; None does not count.
+        grads: Gradients of the parameters; None does not count.
         max_norm: Largest norm.
         groups: Process groups of the model; all its ranks call this together, also one without gradients.
         in_place: Scale the gradients themselves.

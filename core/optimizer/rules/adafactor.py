@@ -252,7 +252,7 @@ class AdafactorSR(Adafactor):
         weight_decay: Coefficient, ≥ 0.
         relative_step: Whether lr is relative to the RMS of the parameter (the paper's parameter scale; there is no schedule).
         bf16_stochastic_round: Round bfloat16 parameters stochastically; no effect on others.
-        seed: Of the rounding, which depends on it, the parameter's name, the step and the index in the whole tensor alone.
+        seed: Seed of the rounding, which depends on it, the parameter's name, the step and the index in the whole tensor alone.
         pg_collection: Process groups of the parameters.
 
     Raises:

@@ -35,7 +35,7 @@ class AdamWSR(ElementwiseStep):
         weight_decay: wd ≥ 0, decoupled.
         bf16_stochastic_round: Round bfloat16 parameters and state stochastically, each with noise of its own. No effect on
             other dtypes.
-        seed: Of the noise, which depends on it, the parameter's name, the step and the index in the whole tensor alone:
+        seed: Seed of the noise, which depends on it, the parameter's name, the step and the index in the whole tensor alone:
             the same on every layout and copy, and when a run is resumed.
         pg_collection: Process groups, for the layout of what is saved.
 

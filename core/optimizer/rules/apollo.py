@@ -45,7 +45,7 @@ class Apollo(StackedStep):
             ``none`` oscillates where one direction holds more than half of the gradient's energy, and then amplifies
             round-off, so that layouts drift apart.
         lazy: Draw a random projection again in every step instead of keeping it in memory until the next one is due.
-        seed: Of the projections, which depend on it, the parameter's name and the step alone.
+        seed: Seed of the projections, which depend on it, the parameter's name and the step alone.
         decay_after: Decay the new weights, as the authors' code does, instead of the old ones.
         pg_collection: Process groups; needed when plain tensors are sharded.
 

@@ -95,7 +95,7 @@ class BGEAdam(StackedStep):
         eps: Added to the denominator.
         weight_decay: ≥ 0; added to the gradient by ``paper``, decoupled in ``entropy``.
         variant: The rule.
-        seed: Of the noise of ``paper``, which depends on it, the parameter's name and the step alone.
+        seed: Seed of the noise of ``paper``, which depends on it, the parameter's name and the step alone.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded.
 
     Raises:
@@ -140,5 +140,5 @@ class BGEAdam(StackedStep):
         return {**specs, "predicted_grad": StateSpec("*")} if group["variant"] == "paper" else specs
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """That of the group's variant."""
+        """The rule of the group's variant."""
         return paper if group["variant"] == "paper" else entropy

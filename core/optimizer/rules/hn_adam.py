@@ -18,7 +18,7 @@ from .parts.adam_parts import SPECS, adam_step_
 
 VARIANTS = ("paper", "trustformers")
 THRESHOLD, LEAST = 0.1, 0.1
-"""Of ``trustformers``: the norm at which a step is halved, and the least factor."""
+"""Constants of ``trustformers``: the norm at which a step is halved, and the least factor."""
 
 
 def paper(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
@@ -64,7 +64,7 @@ class HNAdam(StackedStep):
         variant: The rule.
         lam0: Λ₀ > 1 of ``paper``; None draws one for all parameters, uniformly from [2, 4), by ``seed``: the same on every
             rank, and when a run is resumed with the same seed.
-        seed: See ``lam0``.
+        seed: Seed of the draw of ``lam0``.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded.
 
     Raises:
@@ -112,5 +112,5 @@ class HNAdam(StackedStep):
         return {"exp_avg": StateSpec("*"), "exp_avg_power": StateSpec("*"), "max_exp_avg_power": StateSpec("*")}
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """That of the group's variant."""
+        """The rule of the group's variant."""
         return paper if group["variant"] == "paper" else trustformers

@@ -36,7 +36,7 @@ class OptaxMuon(TensorParallelMuon):
         num_ns_steps: Newton-Schulz iterations.
         fp32_matmul_prec: As :class:`TensorParallelMuon`; optax computes in the dtype that it is given.
         pg_collection: Process groups; needed when plain tensors are sharded or replicated.
-        tp_mode: As :class:`TensorParallelMuon`.
+        tp_mode: How shards come together, as for :class:`TensorParallelMuon`.
 
     Raises:
         ValueError: as :class:`TensorParallelMuon`.

@@ -58,7 +58,7 @@ class WhiteKron(WholeStep):
         preconditioner_init_scale: The first Q_l and Q_r are this times the identity; > 0.
         precond_dtype: Of the kept Q_l and Q_r; None for the parameter's, but at least float32. bfloat16, the authors'
             choice, takes half the memory, but its 8 bits lose every change below 0.2 %. Arithmetic is the parameter's in both.
-        noise_scale: Of the noise that the factors see added to the momentum, > 0: without it they would grow without bound
+        noise_scale: Size of the noise that the factors see added to the momentum, > 0: without it they would grow without bound
             where the gradient stays 0.
         seed: Of that noise and of the probes for spectral norms. They depend on it, the parameter's name and the step alone:
             the same on every layout, and when a run is resumed.
@@ -124,7 +124,7 @@ class WhiteKron(WholeStep):
 
         Args:
             q: (N, d, d), or (N, d) where only the diagonal is kept.
-            e: The same shape; symmetric.
+            e: E, of the same shape; symmetric.
             probe: Standard normal, (N, 4, d).
         """
         raise NotImplementedError
@@ -219,7 +219,7 @@ class Region:
 
     Attributes:
         rows: First row, end, and rows of a block.
-        cols: The same of columns.
+        cols: First column, end, and columns of a block.
     """
 
     rows: tuple[int, int, int]

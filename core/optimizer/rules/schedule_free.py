@@ -198,10 +198,10 @@ class ScheduleFreeSGD(ScheduleFree):
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
         lr: Learning rate γ after the warm-up; leave it constant. 10 to 50 times that of SGD with momentum.
         momentum: β of the interpolation, in (0, 1).
-        weight_decay: As in :class:`ScheduleFreeAdamW`, like what follows.
-        warmup_steps: See there.
-        r: See there.
-        weight_lr_power: See there.
+        weight_decay: Coefficient; this and the following arguments as in :class:`ScheduleFreeAdamW`.
+        warmup_steps: Steps of the warm-up.
+        r: Power of the step in the weight of an iterate.
+        weight_lr_power: Power of the learning rate in that weight.
         pg_collection: Process groups, for the layout of what is saved.
 
     Raises:

@@ -35,7 +35,7 @@ class Sophia(ElementwiseStep):
         estimator: What :meth:`update_hessian` is given: ``hutchinson``, products of the Hessian and random signs, or
             ``gnb``, gradients for labels drawn from the model.
         hessian_interval: For the training loop, which calls :meth:`update_hessian`.
-        seed: Of the random signs.
+        seed: Seed of the random signs.
         pg_collection: Process groups, for the layout of what is saved.
 
     Raises:
@@ -117,7 +117,7 @@ class Sophia(ElementwiseStep):
           can be differentiated twice; for parameters that one rank holds alone.
 
         Args:
-            closure: See above.
+            closure: The closure described above.
             probes: For each parameter, in the order of the groups, u like the parameter.
             products: Hu in the same order; None leaves a parameter's h alone.
             hvp: How the closure is used.

@@ -63,9 +63,9 @@ class Travelling(NamedTuple):
 
     Attributes:
         params: The parameters.
-        position: Of the first of them in the model.
-        entries: As in :class:`engine.Work`.
-        begin: Makes the work, once their gradients are final.
+        position: Place of the first of them in the model.
+        entries: Entries of the largest tensor that travels, as in :class:`engine.Work`.
+        begin: Makes the work; called when the gradients of the parameters are final.
     """
 
     params: list[Tensor]
@@ -257,7 +257,7 @@ class ShardedStep(Optimizer):
         return str(self._names[p])
 
     def _key(self, p: Tensor) -> str:
-        """By which randomness of ``p`` is keyed: its name, or else its position among the parameters of this optimizer.
+        """Key of the randomness of ``p``: its name, or else its position among the parameters of this optimizer.
 
         A position is the same on every tensor-parallel layout; over pipeline stages only names are.
         """

@@ -1,4 +1,4 @@
-"""What of an optimizer's constructor a config, a flag or a file can hold."""
+"""The settings of an optimizer, out of the signature of its constructor: what a config, a flag or a file can hold."""
 
 import inspect
 import sys
@@ -29,12 +29,12 @@ class Setting:
     """One argument of a constructor that is a plain value.
 
     Attributes:
-        argument: Its name.
-        kind: float, int, bool or str; of each number, where it is a tuple.
-        default: ``inspect.Parameter.empty`` where there is none.
-        choices: The only texts possible; empty: any.
+        argument: Name of the argument.
+        kind: float, int, bool or str; the kind of each number where the value is a tuple.
+        default: Default value; ``inspect.Parameter.empty`` where there is none.
+        choices: The texts that are possible; empty for any text.
         many: Whether it is a tuple.
-        length: Of the tuple; None for any.
+        length: Length of the tuple; None for any.
         optional: Whether it may be None.
         is_dtype: Whether the text is the name of a ``torch.dtype``.
     """

@@ -115,7 +115,7 @@ def _check_experts(name: str, apart: bool, groups: ProcessGroupCollection) -> No
 
 
 def distinct(entries: Iterable[Entry]) -> list[Entry]:
-    """Those with a gradient, each parameter once."""
+    """The entries with a gradient, each parameter once."""
     return list({id(entry[1]): entry for entry in entries if entry[1].grad is not None}.values())
 
 

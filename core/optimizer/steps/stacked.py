@@ -39,15 +39,15 @@ def bucket_size(p: Tensor, layout: Layout) -> int:
 
 @dataclass
 class Bucket:
-    """Some parameters of one group.
+    """Parameters of one group that are stepped by one call of the rule.
 
     Attributes:
         params: B parameters with equal shard shapes, dtypes and layouts.
-        layout: Theirs.
-        specs: Declares the state.
+        layout: Layout of each of them.
+        specs: Declarations of the state, by name.
         stacks: State name → (B, *state shard).
-        names: What randomness of each is keyed by, and the first names them in errors.
-        begun: Whether its part of the step that is being taken has begun already.
+        names: Names that the randomness of each is keyed by; the first stands for all of them in errors.
+        begun: Whether its rule has already begun in this step, during backward.
     """
 
     params: list[Tensor]
@@ -59,7 +59,7 @@ class Bucket:
 
     @property
     def label(self) -> str:
-        """Names the parameters in errors."""
+        """Name that stands for the parameters in errors."""
         return self.names[0]
 
     @classmethod
@@ -207,7 +207,7 @@ class StackedStep(ShardedStep):
         return bucket.update(self.rule(group), self._apply, group, widens=self.widens)
 
     def _buckets(self, group: Mapping[str, Any]) -> list[Bucket]:
-        """The buckets of ``group``; made anew when its list of parameters is no longer the one they were made of."""
+        """The buckets of ``group``; made anew when its list of parameters has changed."""
         made = self._made_buckets
         key = tuple((id(p), p.dtype, p.device) for p in group["params"])
         if key not in made:

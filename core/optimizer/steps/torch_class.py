@@ -26,7 +26,7 @@ DRAWS = "draws"
 
 
 class LibraryStep(WholeStep):
-    """What :func:`on_whole_tensors` makes its classes of."""
+    """Base of the classes that :func:`on_whole_tensors` makes."""
 
     inner: type[Optimizer]
     initialise: Initialise
@@ -81,12 +81,12 @@ class LibraryStep(WholeStep):
         super().check(p, group)
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
-        """What the inner class keeps for a tensor of ``shape``; numbers as float64 on the host."""
+        """State that the inner class keeps for a tensor of ``shape``; its numbers are float64 scalars on the host."""
         specs = {slot: _spec(value) for slot, value in _flat(self._probe(shape, group)).items()}
         return {**specs, DRAWS: _spec(0)} if self.random else specs
 
     def fresh_state(self, unit: Unit, like: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the inner class begins with."""
+        """State that the inner class begins with."""
         state = super().fresh_state(unit, like, group)
         if unit.home.here:
             dtype = torch.promote_types(like.dtype, torch.float32)
@@ -246,7 +246,7 @@ def on_whole_tensors(
 
 
 def noise_seed(seed: int, name: str, draws: int) -> int:
-    """What the global generators are set to for a step of the parameter called ``name`` after ``draws`` others."""
+    """Seed of the global generators for a step of the parameter called ``name`` after ``draws`` earlier ones."""
     low, high, *_ = Key(seed, name, draws, "library").words
     return low | high << 32
 
@@ -274,7 +274,7 @@ def _looks_at_weights(inner: type[Optimizer], given: dict[str, Any]) -> bool:
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists under names of their own: ``Q`` becomes ``Q0``, ``Q1``."""
+    """``state`` with lists spread over names of their own: ``Q`` becomes ``Q0``, ``Q1``."""
     flat = {}
     for key, value in state.items():
         several = isinstance(value, list | tuple)

@@ -30,7 +30,7 @@ def decay_(params: list[Tensor], grads: list[Tensor], group: Mapping[str, Any], 
 
     Args:
         params: Tensors; changed in place, unless ``method`` is ``l2``.
-        grads: Their gradients, not changed.
+        grads: Gradients of the tensors; not changed.
         group: The parameter group.
         method: One of :data:`METHODS`.
 

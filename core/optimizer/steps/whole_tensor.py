@@ -32,9 +32,9 @@ class WholeState:
     """One state tensor of one whole tensor.
 
     Attributes:
-        shape: Its sizes; () is kept as (1,).
-        init: What it holds before the first step: a number everywhere, or ``eye``.
-        dtype: Its dtype; None for the parameter's, but at least float32.
+        shape: Sizes of the tensor; () is kept as (1,).
+        init: Value before the first step: a number everywhere, or ``eye``.
+        dtype: Dtype; None for the parameter's, but at least float32.
         host: Keep it in host memory.
     """
 
@@ -71,11 +71,11 @@ class WholeState:
 
 @dataclass(frozen=True)
 class Home:
-    """Where a whole tensor is worked on.
+    """The ranks that work on a whole tensor.
 
     Attributes:
         domain: The ranks that hold a shard of it, or a copy.
-        owner: Index in ``domain`` of the one that works; None when all do.
+        owner: Index in ``domain`` of the rank that works on it; None when all do.
     """
 
     domain: Domain
@@ -97,10 +97,10 @@ class Unit:
     """A whole tensor: a parameter, or one part of a fused one.
 
     Attributes:
-        name: By which randomness is keyed.
-        layout: Where its shards live.
-        home: Where it is worked on.
-        suffix: Ends the names of its state tensors.
+        name: Name that randomness is keyed by.
+        layout: Layout of the tensor.
+        home: The ranks that work on it.
+        suffix: End of the names of its state tensors.
     """
 
     name: str
@@ -114,8 +114,8 @@ class Parameter:
     """A parameter and the whole tensors it is made of.
 
     Attributes:
-        layout: Where it and its parts live.
-        units: Itself, or its parts.
+        layout: Layout of the parameter and its parts.
+        units: The parameter itself, or its parts.
     """
 
     layout: Layout
@@ -123,7 +123,7 @@ class Parameter:
 
 
 Change = Callable[..., None]
-"""``work(unit, p, *others)``: changes the whole tensor ``p`` in place, where it is worked on."""
+"""``work(unit, p, *others)``: changes the whole tensor ``p`` in place; called on the ranks that work on it."""
 
 
 class WholeStep(ShardedStep):
@@ -196,7 +196,7 @@ class WholeStep(ShardedStep):
         return self.tp_mode
 
     def updates(self) -> Iterator[Work]:
-        """One rule a parameter; parameters whose owners are other ranks' too go in waves."""
+        """One rule per parameter; parameters that travel to an owner go in waves."""
         check_gradients(self.param_groups)
         for group in self.param_groups:
             self._init_group(group)
@@ -319,7 +319,9 @@ class WholeStep(ShardedStep):
             self._parameters[p] = Parameter(layouts[p], tuple(found[k] for k in sorted(found)))
 
     def _owners_before(self, parts: list[tuple[Layout, Tensor, int, str]]) -> dict[tuple[int, str], int]:
-        """Who has the state of what comes with one: its parameter took the place of another, as float32 copies do."""
+        """Owners to keep: when a parameter replaces another and brings its state along, as Megatron's float32 copies do, the rank
+        that holds that state stays the owner.
+        """
         mine: dict[Domain, dict[tuple[int, str], bool]] = {}
         for part, p, _, suffix in parts if self.tp_mode == "owner" else ():
             state = {k: v for k, v in self.state.get(p, {}).items() if isinstance(v, Tensor) and k.endswith(suffix)}

@@ -79,11 +79,11 @@ def adam_step_(
 
     Args:
         x: A contiguous block of a stack (B, *shard); updated.
-        g: Its gradients, or what takes their place; of the same shape.
+        g: Gradients of the block, or what takes their place; of the same shape.
         s: State :data:`SPECS` of the whole stack; the block of the means is updated. ``step`` counts the steps before this
             one; the rule is to advance it when it is through with all blocks.
         group: Holds ``betas`` and ``eps``.
-        at: Where the block is.
+        at: Place of the block in the stack.
         lr: Learning rate.
         weight_decay: λ, decoupled.
 

@@ -80,7 +80,7 @@ class SquareSums:
 
 
 def square_sums(x: Tensor, dims: Factoring) -> SquareSums:
-    """Those of ``x``, (B, *shard)."""
+    """Sums of the squares of ``x``, (B, *shard), over its rows and columns."""
     sums = SquareSums(x, dims)
     for at in index_blocks(x):
         sums.add(x[at].square(), at)
@@ -96,7 +96,7 @@ def inverse_roots(
         row: Running row means, (B, *shard) with the column dims 1; updated.
         col: Running column means, (B, *shard) with the row dims 1; updated.
         sums: Sums of x² over this rank's part of each row and column.
-        lay: Where x lives.
+        lay: Layout of x.
         fresh: Weight of x² in the running means, in (0, 1]; a number or (B, 1, …, 1).
         eps: Added to x².
         floor: Least value of the mean of ``row`` that V is divided by.
@@ -161,7 +161,7 @@ class Scaling:
                 piece.addcmul_((r * c).clamp_(max=self.cap), x[at], value=-1)
 
     def rms(self, x: Tensor, lay: Layout) -> Reduce:
-        """Of the product with ``x``, over the whole tensor; (B, 1, …, 1)."""
+        """Root mean square, over the whole tensor, of the product with ``x``; (B, 1, …, 1)."""
         if self.dims is None or self.cap is not None:
             return rms((u for _, u in self.blocks(x)), lay)
         rows = torch.zeros_like(self.r)
