@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 import core
 from core import list_optimizers
 from tools import optimizer_table
+from tools.plot import layout_errors
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -231,3 +233,26 @@ def test_environment_variables_are_listed():
     assert read == set(
         re.findall(r"^\| `(SHARDSTEP_[A-Z]+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
     )
+
+
+def test_the_picture_is_of_every_layout_and_ours_is_rounding(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = json.loads(layout_errors.RESULTS.read_text())
+    for name in layout_errors.OUR_MODES:
+        assert found["errors"][name].keys() == layout_errors.LAYOUTS.keys()
+        assert max(found["errors"][name].values()) < 1e-5
+    layout_errors.draw(found, tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").stat().st_size > 10_000
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("title", [title for title, layout in layout_errors.LAYOUTS.items() if layout.ranks == 2])
+def test_the_errors_of_the_picture_can_be_measured(world, title):
+    layout = layout_errors.LAYOUTS[title]
+    mesh = world.mesh((1, 2), ("dp", "tp"))
+    ours, blockwise = (
+        layout_errors.joined([layout_errors.plain(f"{layout_errors.OURS} {mode}", layout, mesh)])
+        for mode in ("owner", "blockwise")
+    )
+    assert ours < 1e-5
+    assert blockwise > 0.1
