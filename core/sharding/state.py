@@ -13,9 +13,30 @@ from torch import Tensor
 from .layout import Layout
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateStorage:
+    """How the entries of a state tensor are stored, whatever its shape.
+
+    Attributes:
+        dtype: Dtype of the state; None for the parameter's, but at least float32.
+        host: Whether the state stays in host memory, where a step reads it without waiting for the device.
+    """
+
+    dtype: torch.dtype | None = None
+    host: bool = False
+
+    def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
+        """The dtype of the state of a parameter of dtype ``parameter``."""
+        return self.dtype or torch.promote_types(parameter, torch.float32)
+
+    def device_for(self, parameter: torch.device) -> torch.device:
+        """The device of the state of a parameter on the device ``parameter``."""
+        return torch.device("cpu") if self.host else parameter
+
+
 @dataclass(frozen=True)
-class StateSpec:
-    """How one state tensor relates to its parameter.
+class StateSpec(StateStorage):
+    """One state tensor, declared by the dims that it shares with its parameter; storage as in :class:`StateStorage`.
 
     Attributes:
         dims: ``*`` for a tensor like the parameter. Otherwise a letter per dim: ``i`` and ``j`` follow the parameter's dims -2
@@ -23,17 +44,13 @@ class StateSpec:
             parameter's dim at the same place, ``1`` is a reduced dim of size 1, ``r`` a dim of size ``rank``.
             The empty string is a scalar per parameter.
         init: Values before the first step: zeros or the identity matrix.
-        dtype: Dtype of the state; None for the parameter's, but at least float32.
         narrow: Whether, with ``dtype`` None, the state has the parameter's dtype even when that has 16 bits.
-        host: Whether the state stays in host memory, where a step reads it without waiting for the device.
         rank: Size of the dims called ``r``.
     """
 
     dims: str = "*"
     init: Literal["zeros", "eye"] = "zeros"
-    dtype: torch.dtype | None = None
     narrow: bool = False
-    host: bool = False
     rank: int = 1
 
     def layout(self, parameter: Layout) -> Layout:
@@ -57,19 +74,18 @@ class StateSpec:
         return tuple({"i": -2, "j": -1, "k": k - size}.get(c.lower()) for k, c in enumerate(self.dims))
 
     def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
-        """The dtype of the state of a parameter of dtype ``parameter``."""
-        return self.dtype or (parameter if self.narrow else torch.promote_types(parameter, torch.float32))
+        """The dtype of the state of a parameter of dtype ``parameter``; that dtype itself for a ``narrow`` state."""
+        return parameter if self.narrow and self.dtype is None else super().dtype_for(parameter)
 
     def allocate(self, parameter: Layout, count: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A stack of ``count`` fresh state tensors, (count, *shard), for parameters of ``dtype``."""
         shape = self.layout(parameter).local_shape
-        dtype = self.dtype_for(dtype)
-        device = torch.device("cpu") if self.host else device
+        dtype, device = self.dtype_for(dtype), self.device_for(device)
         if self.init == "eye":
             return torch.eye(shape[-1], dtype=dtype, device=device).expand(count, *shape).clone()
         return torch.zeros(count, *shape, dtype=dtype, device=device)
 
 
 def sizes(layout: Layout, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of this rank's shard, and of the whole tensor."""
+    """Bytes of this rank's shard and of the whole tensor."""
     return prod(layout.local_shape) * dtype.itemsize, prod(layout.shape) * dtype.itemsize

@@ -19,8 +19,7 @@ from ...philox import Key, normal
 from ...process_groups_config import ProcessGroupCollection
 from ..steps.argument_checks import choice, fraction, non_negative, positive, whole_number
 from ..steps.weight_decay import decay_
-from ..steps.whole_tensor import WholeMode, WholeState, WholeStep
-from .shampoo_soap import STEP
+from ..steps.whole_tensor import STEP_COUNT, WholeMode, WholeState, WholeStep
 
 BETA_LIPSCHITZ = 0.95
 """Decay of the running bound on the curvature of a factor's objective."""
@@ -62,7 +61,7 @@ class WhiteKron(WholeStep):
             where the gradient stays 0.
         seed: Of that noise and of the probes for spectral norms. They depend on it, the parameter's name and the step alone:
             the same on every layout, and when a run is resumed.
-        tp_mode: How shards come together (:class:`~.whole.WholeStep`).
+        tp_mode: How shards come together (:class:`~.whole_tensor.WholeStep`).
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
 
     Raises:
@@ -139,13 +138,15 @@ class WhiteKron(WholeStep):
         For N blocks of (d, e), row by row: ``Ql{k}`` (N, d, d) and ``Qr{k}`` (N, e, e), or (N, d) and (N, e) where diagonal, in
         ``precond_dtype``; ``Ll{k}`` and ``Lr{k}`` (N,).
         """
-        specs = {"step": STEP, "momentum": WholeState(shape)}
+        specs = {"step": STEP_COUNT, "momentum": WholeState(shape)}
         for k, region in enumerate(self._regions(shape)):
             for side, size in zip("lr", region.block, strict=True):
                 n, dtype = region.blocks, self.precond_dtype
                 diagonal = size > self.max_size_dense
                 specs[f"Q{side}{k}"] = (
-                    WholeState((n, size), 1.0, dtype) if diagonal else WholeState((n, size, size), "eye", dtype)
+                    WholeState((n, size), 1.0, dtype=dtype)
+                    if diagonal
+                    else WholeState((n, size, size), "eye", dtype=dtype)
                 )
                 specs[f"L{side}{k}"] = WholeState((n,))
         return specs

@@ -1,4 +1,4 @@
-"""Optimizers that know only whole tensors: each is handed to the rank that works on it, with state that lives there."""
+"""Base of optimizers that need whole tensors: each tensor goes to the rank that works on it and keeps its state."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from ...sharding.dealing import deal_to_least
 from ...sharding.layout import Layout, Split
 from ...sharding.parameter_layout import layout_of, local, local_gradient
 from ...sharding.requests import Rule
-from ...sharding.state import sizes
+from ...sharding.state import StateStorage, sizes
 from ...sharding.tp_modes import Deferred, work_at
 from .argument_checks import choice
 from .base import ShardedStep, check_gradients
@@ -28,23 +28,19 @@ WholeMode = tp_modes.WholeMode
 
 
 @dataclass(frozen=True)
-class WholeState:
-    """One state tensor of one whole tensor.
+class WholeState(StateStorage):
+    """One state tensor of one whole tensor, declared by its shape; storage as in :class:`StateStorage`.
 
     Attributes:
-        shape: Sizes of the tensor; () is kept as (1,).
-        init: Value before the first step: a number everywhere, or ``eye``.
-        dtype: Dtype; None for the parameter's, but at least float32.
-        host: Keep it in host memory.
+        shape: Shape of the state tensor; () is kept as (1,).
+        init: Value before the first step: a number for every entry, or ``eye`` for the identity matrix.
     """
 
     shape: tuple[int, ...]
     init: float | Literal["eye"] = 0.0
-    dtype: torch.dtype | None = None
-    host: bool = False
 
     def layout(self, home: "Home") -> Layout:
-        """Where it lives."""
+        """Layout of the state tensor: whole on the owner and empty elsewhere, or whole on every rank without an owner."""
         shape = self.shape or (1,)
         if home.owner is None:
             return Layout.whole(shape)
@@ -52,16 +48,8 @@ class WholeState:
         axis = Axis("+".join(home.domain.axes), tuple(range(home.domain.size)), home.domain.index, home.domain.group)
         return Layout(shape, (Split(axis, held), *(None for _ in shape[1:])))
 
-    def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
-        """The state's dtype when the parameter has dtype ``parameter``."""
-        return self.dtype or torch.promote_types(parameter, torch.float32)
-
-    def device_for(self, parameter: torch.device) -> torch.device:
-        """The state's device when the parameter is on ``parameter``."""
-        return torch.device("cpu") if self.host else parameter
-
     def allocate(self, home: "Home", like: Tensor) -> Tensor:
-        """A fresh one for a parameter like ``like``; without entries where it does not live."""
+        """The initial state of a parameter with the dtype and device of ``like``; no entries on ranks that do not keep it."""
         shape = self.layout(home).local_shape
         dtype, device = self.dtype_for(like.dtype), self.device_for(like.device)
         if self.init == "eye":
@@ -69,13 +57,17 @@ class WholeState:
         return torch.full(shape, self.init, dtype=dtype, device=device)
 
 
+STEP_COUNT = WholeState((), dtype=torch.float32, host=True)
+"""Declaration of a step counter, which the host reads in every step."""
+
+
 @dataclass(frozen=True)
 class Home:
     """The ranks that work on a whole tensor.
 
     Attributes:
-        domain: The ranks that hold a shard of it, or a copy.
-        owner: Index in ``domain`` of the rank that works on it; None when all do.
+        domain: The ranks that hold a shard or a copy of the tensor.
+        owner: Index in ``domain`` of the rank that works on the tensor; None when all of them do.
     """
 
     domain: Domain
@@ -83,12 +75,12 @@ class Home:
 
     @property
     def travels(self) -> bool:
-        """Whether one of several ranks works on it."""
+        """Whether one of several ranks works on the tensor."""
         return self.owner is not None and self.domain.size > 1
 
     @property
     def here(self) -> bool:
-        """Whether this rank works on it."""
+        """Whether this rank works on the tensor."""
         return self.owner in (None, self.domain.index)
 
 
@@ -129,15 +121,15 @@ Change = Callable[..., None]
 class WholeStep(ShardedStep):
     """Base of optimizers whose update is a function of the whole parameter, gradient and state.
 
-    With ``tp_mode="owner"`` parameters are dealt, once, over all ranks that hold a shard or a copy; a step brings parameter
-    and gradient to the owner and the new parameter back, two collectives for all of them together, and state is kept there
-    alone. With ``duplicated`` every rank of the tensor-parallel group gathers the whole, and keeps all state. In both the
-    result is, bit for bit, that of the unsharded parameter. Parts of a fused weight (the parameter's attribute
-    ``matrix_parts``) are tensors of their own.
+    With ``tp_mode="owner"`` every parameter is dealt once to an owner among the ranks that hold a shard or a copy. A step
+    sends parameters and gradients to their owners and the new parameters back, in two collectives for all of them together;
+    only the owner keeps the state. With ``duplicated`` every rank of the tensor-parallel group gathers the whole parameter
+    and keeps all state. Both give, bit for bit, the result for the unsharded parameter. Each part of a fused weight (the
+    parameter's attribute ``matrix_parts``) is a tensor of its own.
 
-    State tensors have the whole shape on ranks that work on the parameter, and no entries on the others. So a rank's
-    ``state_dict()`` holds its part alone: save with :mod:`core.checkpoint`, which knows where the parts are, or use
-    ``duplicated`` with checkpoint code that takes plain state for replicated.
+    State tensors have the whole shape on ranks that work on the parameter, and no entries on the others. A rank's
+    ``state_dict()`` therefore holds only that rank's share: save with ``shardstep.save`` (``core.checkpoint``), which knows
+    where each share is, or use ``duplicated`` with checkpoint code that treats plain tensors as replicated.
     """
 
     kind = "matrix"
@@ -151,7 +143,7 @@ class WholeStep(ShardedStep):
         self._loads: dict[Domain, list[float]] = {}
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
-        """What is kept between steps for a whole tensor of ``shape``."""
+        """Declarations, by name, of the state that is kept between steps for a whole tensor of ``shape``."""
         raise NotImplementedError
 
     def update_whole_(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any], name: str) -> None:
@@ -167,11 +159,11 @@ class WholeStep(ShardedStep):
         raise NotImplementedError
 
     def cost(self, shape: tuple[int, ...]) -> float:
-        """Work for a whole tensor of ``shape``, by which owners are dealt: products with both Gram matrices."""
+        """Relative work for a whole tensor of ``shape``, by which owners are chosen: the products with both Gram matrices."""
         return float(prod(shape)) * (sum(shape) if len(shape) > 1 else 1)
 
     def layout(self, p: Tensor) -> Layout:
-        """Where ``p`` and its parts live."""
+        """Layout of ``p`` and its parts."""
         choice("tp_mode", self.tp_mode, self.modes)
         lay = layout_of(p, self._groups, part_sizes=getattr(p, "matrix_parts", None), name=self._name(p))
         return replace(lay, domain=self._groups.domain(tp_modes.working_axes(lay, self.tp_mode)))
@@ -187,7 +179,7 @@ class WholeStep(ShardedStep):
         }
 
     def fresh_state(self, unit: Unit, like: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """State before the first step of a parameter like ``like``; without entries where it is not worked on."""
+        """Initial state of a parameter like ``like``; no entries on ranks that do not work on it."""
         specs = self.whole_specs(unit.layout.shape, group)
         return {slot: spec.allocate(unit.home, like) for slot, spec in specs.items()}
 
@@ -233,18 +225,18 @@ class WholeStep(ShardedStep):
         super().take_state()
 
     def _whole_work(self, p: Tensor, rule: Rule, *, tensors: int) -> Work:
-        """``rule``, which brings ``tensors`` tensors like ``p`` together."""
+        """The work of ``rule``, which gathers ``tensors`` tensors of the shape of ``p``."""
         shapes = [unit.layout.shape for unit in self._parameters[p].units if unit.home.travels]
         cost = max(map(self.cost, shapes), default=0.0)
         return Work(self._name(p), rule, cost, tensors * max(map(prod, shapes), default=0))
 
     def on_wholes(self, p: Tensor, others: list[Tensor], work: Change) -> Rule:
-        """Change ``p`` by ``work`` on the whole of it, or of each of its parts.
+        """Change ``p`` in place by calling ``work`` on the whole parameter, or on each whole part.
 
         Args:
             p: The parameter.
-            others: What else ``work`` needs the whole of, of the shape of this rank's shard.
-            work: Gets them as float32 at least; it may overwrite ``others`` too.
+            others: Further tensors that ``work`` needs whole, each of the shape of this rank's shard.
+            work: Receives all of them whole, in float32 at least; it may overwrite ``others`` too.
         """
         lay, shard = self._parameters[p].layout, local(p)
         dtype = reduce(torch.promote_types, (x.dtype for x in others), shard.dtype)
@@ -271,7 +263,7 @@ class WholeStep(ShardedStep):
             try:
                 if prod(unit.layout.shape):
                     work(unit, *wholes)
-            except Exception as error:  # raised below: the other ranks are waiting for what comes back
+            except Exception as error:  # raised after the return trip, for which the other ranks are waiting
                 failures.append(error)
             return wholes[0].to(dtype).unsqueeze(0)
 
@@ -297,7 +289,7 @@ class WholeStep(ShardedStep):
                 yield slot + unit.suffix, spec, unit
 
     def _find_homes(self) -> None:
-        """Deal the parameters that have no home yet: the dearest first, each to the rank with the least to do."""
+        """Give every parameter without a home one: the costliest first, each to the rank with the least work so far."""
         layouts = {
             p: self.layout(p) for group in self.param_groups for p in group["params"] if p not in self._parameters
         }
@@ -315,20 +307,21 @@ class WholeStep(ShardedStep):
                 load = self._loads.setdefault(domain, [0.0] * domain.size)
                 owner = deal_to_least(load, self.cost(part.shape))
             units[p][k] = Unit(self._key(p) + suffix, part, Home(domain, owner), suffix)
-        for p, found in units.items():
-            self._parameters[p] = Parameter(layouts[p], tuple(found[k] for k in sorted(found)))
+        for p, by_part in units.items():
+            self._parameters[p] = Parameter(layouts[p], tuple(by_part[k] for k in sorted(by_part)))
 
     def _owners_before(self, parts: list[tuple[Layout, Tensor, int, str]]) -> dict[tuple[int, str], int]:
-        """Owners to keep: when a parameter replaces another and brings its state along, as Megatron's float32 copies do, the rank
-        that holds that state stays the owner.
+        """(id of a parameter, suffix of a part) → the owner that holds its state already and stays the owner.
+
+        State is there before its owner is chosen when a parameter replaces another one, as Megatron's float32 copies do.
         """
-        mine: dict[Domain, dict[tuple[int, str], bool]] = {}
+        holds_state: dict[Domain, dict[tuple[int, str], bool]] = {}
         for part, p, _, suffix in parts if self.tp_mode == "owner" else ():
             state = {k: v for k, v in self.state.get(p, {}).items() if isinstance(v, Tensor) and k.endswith(suffix)}
             if state and part.domain is not None and part.domain.size > 1:
-                mine.setdefault(part.domain, {})[id(p), suffix] = any(x.numel() for x in state.values())
+                holds_state.setdefault(part.domain, {})[id(p), suffix] = any(x.numel() for x in state.values())
         owners = {}
-        for domain, held in mine.items():
+        for domain, held in holds_state.items():
             for key, *ranks in zip(held, *domain.gather(list(held.values())), strict=True):
                 if sum(ranks) == 1:
                     owners[key] = ranks.index(True)
@@ -336,6 +329,6 @@ class WholeStep(ShardedStep):
 
 
 def _in_order(x: Tensor) -> Tensor:
-    """``x``, or a copy where kernels would go through its memory otherwise than through a tensor of its own."""
+    """``x``, or a copy when its strides or alignment differ from a fresh tensor's, which may change how kernels sum."""
     in_order = x.is_contiguous() and x.data_ptr() % 64 == 0
     return x if in_order else x.clone(memory_format=torch.contiguous_format)
