@@ -1,4 +1,4 @@
-"""What every optimizer here has, whatever its kind; a step runs the rules of its parameters through the engine."""
+"""Common base of all optimizers of this package; a step runs the rules of its parameters through the engine."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -26,7 +26,7 @@ def check_gradients(param_groups: list[dict[str, Any]]) -> None:
 
 
 def forget_gone(optimizer: Any) -> None:
-    """Drop the state of parameters that no group has any longer: accelerate shards a model after its optimizer is built."""
+    """Drop the state of parameters that are in no group any longer, as when accelerate shards a model after building this."""
     kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for p in [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in kept]:
         del optimizer.state[p]
@@ -35,11 +35,18 @@ def forget_gone(optimizer: Any) -> None:
 def load_state(
     optimizer: Any, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], take: Callable[[], None]
 ) -> None:
-    """Load ``state_dict`` by torch's ``load``, then ``take`` it over; see :meth:`ShardedStep.load_state_dict`."""
+    """Load ``state_dict`` into ``optimizer``; on an error, restore the state and groups from before.
+
+    Args:
+        optimizer: An optimizer, or a chain of them.
+        state_dict: State dict of such an optimizer.
+        load: torch's own ``load_state_dict``.
+        take: Checks and copies the loaded state; called last.
+    """
     before = optimizer.state, optimizer.param_groups
     try:
         load(state_dict)
-        # torch casts state to the parameter's dtype and device: bits and integers are lost, and host state leaves the host.
+        # torch has cast the state to the parameter's dtype and device, which rounds it and moves host state to the device.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
@@ -47,7 +54,7 @@ def load_state(
                 kept = before[0].get(p, {}).get(name)
                 if isinstance(kept, Tensor) and isinstance(value, Tensor | int | float):
                     optimizer.state[p][name] = torch.as_tensor(value).to(kept.device, kept.dtype)
-        # Settings that the one who saved did not have.
+        # An optimizer of an older version may have saved groups without some of the settings.
         for member in members_of(optimizer):
             for group in member.param_groups:
                 for name, value in member.defaults.items():
@@ -59,13 +66,13 @@ def load_state(
 
 
 class Travelling(NamedTuple):
-    """Parameters that are stepped together and whose matrices go to an owner.
+    """Parameters that are stepped together and whose matrices are sent to an owner.
 
     Attributes:
         params: The parameters.
-        position: Place of the first of them in the model.
-        entries: Entries of the largest tensor that travels, as in :class:`engine.Work`.
-        begin: Makes the work; called when the gradients of the parameters are final.
+        position: Index, among all parameters of the optimizer, of the first of these.
+        entries: Entries of the largest tensor that is sent, as in :class:`engine.Work`.
+        begin: Returns the work of the step; called when the gradients of the parameters are final.
     """
 
     params: list[Tensor]
@@ -75,28 +82,29 @@ class Travelling(NamedTuple):
 
 
 class ShardedStep(Optimizer):
-    """What every optimizer here has: names, layouts, state from the start, loading, checks, and the step itself.
+    """Common base of all optimizers: parameter names, layouts, initial state, loading, checks and the step itself.
 
-    A class is one of three kinds, each with a base class of its own:
+    An optimizer class is one of three kinds, each with a base class of its own:
 
-    * elementwise (:class:`~.elementwise.ElementwiseStep`): an entry's update needs nothing but that entry. Lion is one:
-      ``update_`` changes lists of tensors, which may be cut anywhere.
-    * stacked (:class:`~.stacked.StackedStep`): an update needs numbers of the whole tensor, and asks for them. LAMB is one:
-      its rule is a generator that yields two norms and is sent their values.
-    * whole-tensor (:class:`~.whole_tensor.WholeStep`): an update is a function of the whole parameter, gradient and state.
-      SOAP is one: ``update_whole_`` knows nothing of shards.
+    * elementwise (:class:`~.elementwise.ElementwiseStep`): the update of an entry depends on that entry alone. An example is
+      Lion, whose ``update_`` changes lists of tensors that may be cut anywhere.
+    * stacked (:class:`~.stacked.StackedStep`): the update needs a few numbers of the whole tensor and requests them. An
+      example is LAMB, whose rule is a generator that yields two norms and is sent their values.
+    * whole-tensor (:class:`~.whole_tensor.WholeStep`): the update is a function of the whole parameter, gradient and state.
+      An example is SOAP, whose ``update_whole_`` knows nothing of shards.
 
     State exists from construction on for every parameter, with or without a gradient, so that a checkpoint always has the
     same keys. Parameters without a gradient in a step are left alone, and so is their state.
 
     Args:
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors with Megatron's attributes.
-        pg_collection: Process groups, ours or Megatron-Core's; None: DTensors say themselves, plain tensors are whole.
-        defaults: What each parameter group has, unless it says otherwise: ``lr`` and what the rule reads.
+        pg_collection: Process groups, ours or Megatron-Core's. None suffices for DTensors, which carry their mesh; plain
+            tensors are then whole.
+        defaults: Default settings of each parameter group: ``lr`` and the settings that the rule reads.
     """
 
     kind: Literal["elementwise", "reducing", "matrix"] = "reducing"
-    """What the rule asks of other ranks: nothing, reductions, or whole matrices."""
+    """Communication that the rule needs: none, reductions, or whole matrices."""
     matrices_only = False
     """Whether parameters that are not 2-D are refused."""
     modes: tuple[str, ...] = ()
@@ -112,7 +120,7 @@ class ShardedStep(Optimizer):
         self.take_state()
 
     def prepare(self, pg_collection: ProcessGroupCollection | None) -> None:
-        """Make what :meth:`add_param_group` needs; before torch's constructor, which calls it."""
+        """Set the attributes that :meth:`add_param_group` reads; called before torch's constructor, which calls that."""
         self.pg_collection = pg_collection
         self._groups = (
             ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
@@ -120,20 +128,20 @@ class ShardedStep(Optimizer):
         self._names = WeakTensorKeyDictionary()
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
-        """What each parameter of ``layout`` in ``group`` keeps between steps."""
+        """Declarations, by name, of the state that each parameter of ``layout`` in ``group`` keeps between steps."""
         raise NotImplementedError
 
     def layout(self, p: Tensor) -> Layout:
-        """Where ``p`` lives, as this optimizer's rule sees it."""
+        """Layout of ``p`` as this optimizer's rule sees it."""
         return layout_of(p, self._groups, name=self._name(p))
 
     def state_layouts(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Layout | None]:
-        """Where each state tensor of ``p`` lives in the whole model; None for state that belongs to this rank's block."""
+        """Layout of each state tensor of ``p`` in the whole model; None for state that belongs to this rank's block alone."""
         lay = self.layout(p)
         return {name: spec.layout(lay) for name, spec in self.state_specs(group, lay).items()}
 
     def state_sizes(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """Bytes of each state tensor of ``p``: on this rank, and of the whole one."""
+        """Bytes of each state tensor of ``p``: of this rank's shard, and of the whole tensor."""
         lay = self.layout(p)
         return {
             name: sizes(spec.layout(lay), spec.dtype_for(p.dtype))
@@ -141,7 +149,7 @@ class ShardedStep(Optimizer):
         }
 
     def mode_of(self, p: Tensor) -> str:
-        """How shards come together, for tables."""
+        """Name, for tables, of the mode in which the shards of ``p`` are combined."""
         return "elementwise"
 
     @torch.no_grad()
@@ -167,13 +175,13 @@ class ShardedStep(Optimizer):
         raise NotImplementedError
 
     def travelling(self) -> Iterator[Travelling]:
-        """The rules of those matrices that may leave for their owners during backward; :meth:`updates` leaves out what left."""
+        """Matrices that may be sent to their owners during backward; :meth:`updates` then leaves out those already sent."""
         return iter(())
 
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
-        """Make state for the parameters of ``group`` and take over what was loaded or put into ``self.state``.
+        """Make the missing state of the parameters of ``group`` and adopt state that was loaded or put into ``self.state``.
 
-        ``skip_non_grad_params`` is accepted for Megatron's sake: state exists for every parameter from the start.
+        ``skip_non_grad_params`` has no effect; Megatron passes it. State exists for every parameter from the start.
         """
         raise NotImplementedError
 
@@ -185,7 +193,7 @@ class ShardedStep(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but state keeps its own dtype, is copied at once, and is left as it was when the new one does not fit.
+        """As in torch, but state tensors keep their dtype and are copied; when the new state does not fit, nothing changes.
 
         Raises:
             ValueError: when a state tensor has another shape than this optimizer keeps.
@@ -193,10 +201,11 @@ class ShardedStep(Optimizer):
         load_state(self, state_dict, super().load_state_dict, self.take_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; refuses parameters that the rule cannot serve before they are added, and makes their state.
+        """As in torch, and makes the state of the new parameters; parameters that the rule cannot serve are refused.
 
         Raises:
-            ValueError: for such parameters, and for an argument of the constructor that is the same for all groups.
+            ValueError: for such parameters, and for a constructor argument that cannot differ between groups; no group is
+                added then.
         """
         self._check_settings(param_group)
         super().add_param_group(param_group)
@@ -212,18 +221,18 @@ class ShardedStep(Optimizer):
     def _check_settings(self, param_group: Mapping[str, Any]) -> None:
         check_method(param_group)
         arguments = constructor_arguments(type(self)).keys() - {"params", METHOD}
-        given = {k: v for k, v in param_group.items() if k in arguments}
-        for argument in given:
+        settings = {k: v for k, v in param_group.items() if k in arguments}
+        for argument in settings:
             if argument not in self.defaults:
                 raise ValueError(
                     f"{type(self).__name__} takes {argument} for all parameters alike, not in a parameter group; give it to the "
                     f"constructor, or make a second optimizer."
                 )
-        if given:
-            # The constructor knows what is possible.
+        if settings:
+            # The constructor checks the values.
             cls: Any = type(self)
             try:
-                cls([torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))], **given)
+                cls([torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))], **settings)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"in a parameter group of {cls.__name__}: {error}") from error
 
@@ -237,16 +246,16 @@ class ShardedStep(Optimizer):
         self.layout(p)
 
     def take_state(self) -> None:
-        """Make what state is missing, and copy what somebody put into ``self.state``."""
+        """Make the missing state, and copy tensors that were put into ``self.state`` from outside."""
         for group in self.param_groups:
             self._init_group(group)
         self._ready = True
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse copies and pickles: process groups and shared memory have none."""
+        """Refuse copies and pickles, because process groups and views of shared memory cannot be copied."""
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled; make another one of the same parameters and give it "
-            f"load_state_dict(optimizer.state_dict()), or save with core.checkpoint."
+            f"{type(self).__name__} cannot be copied or pickled; build another one for the same parameters and call its "
+            f"load_state_dict(optimizer.state_dict()), or save with shardstep.save (core.checkpoint)."
         )
 
     def _name(self, p: Tensor) -> str:
@@ -257,9 +266,9 @@ class ShardedStep(Optimizer):
         return str(self._names[p])
 
     def _key(self, p: Tensor) -> str:
-        """Key of the randomness of ``p``: its name, or else its position among the parameters of this optimizer.
+        """Key of the random numbers for ``p``: its name, or its position in this optimizer when parameters have no names.
 
-        A position is the same on every tensor-parallel layout; over pipeline stages only names are.
+        Positions agree between tensor-parallel layouts; only names also agree between splits into pipeline stages.
         """
         at = 0
         for group in self.param_groups:
