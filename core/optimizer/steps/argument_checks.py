@@ -47,7 +47,10 @@ def check_adam(lr: float, betas: tuple[float, ...], eps: float, weight_decay: fl
 
 
 def unknown(what: str, name: str, valid: list[str] | tuple[str, ...]) -> str:
-    """An error text for a ``name`` that is none of ``valid``, with the nearest ones."""
+    """Error text for a ``name`` that is not in ``valid``; it suggests the most similar names and lists all.
+
+    ``what`` is the noun that precedes the name, such as ``optimizer``.
+    """
     near = get_close_matches(name, valid, n=3)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"unknown {what} {name!r}; {hint}possible: {', '.join(sorted(valid))}."

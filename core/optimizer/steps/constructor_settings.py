@@ -1,4 +1,4 @@
-"""The settings of an optimizer, out of the signature of its constructor: what a config, a flag or a file can hold."""
+"""The settings of an optimizer, read from the signature of its constructor: values that a config, flag or file can hold."""
 
 import inspect
 import sys
@@ -15,10 +15,10 @@ from torch import Tensor
 from .argument_checks import choice
 
 ELSEWHERE = ("self", "params", "lr", "weight_decay", "pg_collection")
-"""Arguments that have no setting of their own: every optimizer is given them in the same way."""
+"""Arguments that are not settings: every optimizer receives them in the same way."""
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
-"""Types of numbers, by the names that settings call them."""
+"""Dtypes by the names that settings use."""
 
 NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 """What a value of each kind is called."""
@@ -30,13 +30,13 @@ class Setting:
 
     Attributes:
         argument: Name of the argument.
-        kind: float, int, bool or str; the kind of each number where the value is a tuple.
+        kind: Type of the value, or of each number of a tuple: float, int, bool or str.
         default: Default value; ``inspect.Parameter.empty`` where there is none.
-        choices: The texts that are possible; empty for any text.
-        many: Whether it is a tuple.
-        length: Length of the tuple; None for any.
-        optional: Whether it may be None.
-        is_dtype: Whether the text is the name of a ``torch.dtype``.
+        choices: Possible texts; empty if every text is possible.
+        many: Whether the value is a tuple.
+        length: Length of the tuple; None for any length.
+        optional: Whether the value may be None.
+        is_dtype: Whether the value is the name of a ``torch.dtype``.
     """
 
     argument: str
@@ -48,31 +48,31 @@ class Setting:
     optional: bool = False
     is_dtype: bool = False
 
-    def value(self, given: Any) -> Any:
-        """What the constructor takes: lists, as JSON and YAML have them, become tuples, and names of dtypes dtypes.
+    def value(self, raw: Any) -> Any:
+        """The constructor's argument for the value ``raw`` of JSON or YAML: lists become tuples, names of dtypes dtypes.
 
         Raises:
-            ValueError: for an unknown dtype, or something of another kind.
+            ValueError: for an unknown dtype, or a value of another kind.
         """
         if self.is_dtype:
-            if isinstance(given, str):
-                choice(self.argument, given, self.choices)
-            return DTYPES.get(given, given) if isinstance(given, str) else given
-        if given is None and self.optional:
+            if isinstance(raw, str):
+                choice(self.argument, raw, self.choices)
+            return DTYPES.get(raw, raw) if isinstance(raw, str) else raw
+        if raw is None and self.optional:
             return None
         if not self.many:
-            return check_kind(self.argument, given, self.kind)
-        if not isinstance(given, list | tuple) or self.length not in (None, len(given)):
+            return check_kind(self.argument, raw, self.kind)
+        if not isinstance(raw, list | tuple) or self.length not in (None, len(raw)):
             count = "several values" if self.length is None else f"{self.length} values"
-            raise ValueError(f"{self.argument} is {given!r}; give {count} in a list.")
-        return tuple(check_kind(self.argument, x, self.kind) for x in given)
+            raise ValueError(f"{self.argument} is {raw!r}; give {count} in a list.")
+        return tuple(check_kind(self.argument, x, self.kind) for x in raw)
 
 
 def check_kind(name: str, value: Any, kind: type) -> Any:
-    """``value``, when it is of ``kind``; a number of any kind that has a float, and a tensor, is a float.
+    """Return ``value`` if it is of ``kind``; as a float counts every real number that fits one, and a tensor.
 
     Raises:
-        ValueError: otherwise; names both.
+        ValueError: otherwise; names the value and the kind.
     """
     if isinstance(value, bool) or kind is bool:
         fits = isinstance(value, bool) and kind is bool
@@ -86,7 +86,7 @@ def check_kind(name: str, value: Any, kind: type) -> Any:
 
 
 def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
-    """Name → parameter of the constructor; where it takes any keyword, also those of the class it hands them to."""
+    """Name → parameter of the constructor; for one with ``**kwargs``, also the parameters of its base classes."""
     if "__signature__" in vars(cls):
         return dict(inspect.signature(cls).parameters)
     arguments: dict[str, inspect.Parameter] = {}
@@ -108,19 +108,19 @@ def constructor_arguments(cls: type) -> dict[str, inspect.Parameter]:
 def settings(cls: type) -> tuple[Setting, ...]:
     """The constructor's arguments that are numbers, switches, texts, dtypes or tuples of numbers, in its order."""
     return tuple(
-        replace(found, argument=name, default=parameter.default)
+        replace(setting, argument=name, default=parameter.default)
         for name, parameter in constructor_arguments(cls).items()
         if name not in ELSEWHERE
-        for found in _of(parameter)
+        for setting in _of(parameter)
     )
 
 
 def _of(parameter: inspect.Parameter) -> Iterator[Setting]:
     # An annotation that could not be read stays a text.
-    untold = parameter.annotation is parameter.empty or isinstance(parameter.annotation, str)
-    found = _of_value(parameter.default) if untold else _of_type(parameter.annotation)
-    if found is not None:
-        yield found
+    unknown_type = parameter.annotation is parameter.empty or isinstance(parameter.annotation, str)
+    setting = _of_value(parameter.default) if unknown_type else _of_type(parameter.annotation)
+    if setting is not None:
+        yield setting
 
 
 def _of_type(hint: Any) -> Setting | None:
@@ -146,7 +146,7 @@ def _of_union(members: list[Setting | None], *, optional: bool) -> Setting | Non
     choices = [member.choices for member in members if member is not None]
     if others and (any(member.many for member in members if member) or not (len(kinds) == 1 or kinds == {int, float})):
         return None
-    one_of = tuple(dict.fromkeys(c for some in choices for c in some)) if all(choices) else ()
+    one_of = tuple(dict.fromkeys(c for texts in choices for c in texts)) if all(choices) else ()
     return replace(first, kind=_number(kinds) if others else first.kind, choices=one_of, optional=optional)
 
 
@@ -159,12 +159,12 @@ def _of_value(default: Any) -> Setting | None:
 
 
 def _number(kinds: set[type]) -> type:
-    """The one kind, or float for several."""
+    """The only member of ``kinds``, or float if there are several."""
     return next(iter(kinds)) if len(kinds) == 1 else float
 
 
 def _read(annotation: Any, namespace: dict[str, Any]) -> Any:
-    """The type that an annotation in quotes names; the text itself where that is not to be had."""
+    """The type that a quoted annotation names; the text itself where it cannot be resolved."""
     try:
         return get_type_hints(SimpleNamespace(__annotations__={"it": annotation}), namespace)["it"]
     except (NameError, AttributeError, TypeError, SyntaxError):

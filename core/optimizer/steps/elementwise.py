@@ -1,4 +1,4 @@
-"""Optimizers whose update of an entry needs nothing but that entry: no requests, no stacks, any cut of the parameters."""
+"""Base of optimizers whose update of an entry depends on that entry alone: no communication, any cut of the parameters."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,38 +18,38 @@ from .weight_decay import decay_first_
 
 States = Mapping[str, list[Tensor]]
 
-CPU = torch.device("cpu")
-
 
 class ElementwiseStep(ShardedStep):
-    """Base of optimizers whose update of an entry needs nothing but that entry: the rule is one call on lists of tensors.
+    """Base of optimizers whose update of an entry depends on that entry alone; the rule is a function of lists of tensors.
 
-    A rule is in two parts. :meth:`scalars` counts steps and the like, on the host, once a parameter; :meth:`update_` changes
-    entries, and is called several times a step, with pieces of the parameters that have equal scalars. A rule without
-    :meth:`scalars` that keeps scalars, or one that goes through memory once anyway (:meth:`one_pass`), is called once, with
-    whole shards and the scalars as state.
+    A rule has two parts. :meth:`scalars` runs on the host once per parameter and step, and advances the step count and the
+    like. :meth:`update_` changes entries; it is called several times per step, each time with pieces of parameters whose
+    scalars are equal. With :meth:`one_pass` it is called once instead, with whole shards and the scalars as state.
     """
 
     kind = "elementwise"
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
-        """What each parameter of ``group`` keeps between steps."""
+        """Declarations, by name, of the state that each parameter of ``group`` keeps between steps."""
         raise NotImplementedError
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
-        """The same for every layout."""
+        """As :meth:`specs`, which does not depend on the layout."""
         return self.specs(group)
 
     def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:
-        """Advance the scalars in one parameter's ``state`` by a step.
+        """Advance the scalars in one parameter's ``state`` by one step, in place.
 
         Returns:
-            Numbers for :meth:`update_`, which finds them in its ``group``.
+            Numbers for :meth:`update_`, which receives them as entries of its ``group``.
         """
         return {}
 
     def one_pass(self, group: Mapping[str, Any]) -> bool:
-        """Whether :meth:`update_` wants whole shards, and the scalars too."""
+        """Whether :meth:`update_` is called once per step, with whole shards and scalars.
+
+        It is for a rule that goes through memory only once, and for one that keeps scalars without :meth:`scalars`.
+        """
         plain = type(self).scalars is ElementwiseStep.scalars
         return plain and any(not spec.dims for spec in self.specs(group).values())
 
@@ -58,7 +58,7 @@ class ElementwiseStep(ShardedStep):
 
         Args:
             params: Pieces of parameters, in float32 at least; any shapes.
-            grads: Theirs, not to be changed.
+            grads: Gradients of the pieces; must not be changed.
             states: State name → pieces of the state, of the dtype of ``params``.
             group: The parameter group and what :meth:`scalars` returned.
         """
@@ -67,7 +67,7 @@ class ElementwiseStep(ShardedStep):
     def decayed_update_(
         self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]
     ) -> None:
-        """:meth:`update_`, after the weight decay that ``group`` asks for in place of the rule's own."""
+        """:meth:`update_` in place, after the weight decay that ``group`` may set to replace the rule's own."""
         grads, group = decay_first_(params, grads, group)
         self.update_(params, grads, states, group)
 
@@ -97,15 +97,15 @@ class ElementwiseStep(ShardedStep):
                     fresh = spec.allocate(layout, 1, dtype=shard.dtype, device=shard.device)[0]
                     state[name] = as_state(fresh, p, spec, layout) if spec.dims == "*" else fresh
                     continue
-                here = local(present)
-                if spec.dims == "*" and here.shape != shard.shape:
+                state_shard = local(present)
+                if spec.dims == "*" and state_shard.shape != shard.shape:
                     raise ValueError(
-                        f"{self._name(p)}: state {name!r} has shape {tuple(here.shape)} but the shard here has "
+                        f"{self._name(p)}: state {name!r} has shape {tuple(state_shard.shape)} but the shard here has "
                         f"{tuple(shard.shape)}; load a state of the same layout, or reshard it first."
                     )
-                # torch's load_state_dict casts and moves state to what the parameter has.
-                dtype, device = spec.dtype_for(shard.dtype), CPU if spec.host else shard.device
-                if here.dtype != dtype or here.device != device or not here.is_contiguous():
+                # torch's load_state_dict casts and moves state to the parameter's dtype and device.
+                dtype, device = spec.dtype_for(shard.dtype), spec.device_for(shard.device)
+                if state_shard.dtype != dtype or state_shard.device != device or not state_shard.is_contiguous():
                     state[name] = present.to(device=device, dtype=dtype).contiguous()
 
     def take_state(self) -> None:
@@ -122,22 +122,22 @@ class ElementwiseStep(ShardedStep):
             together: dict[tuple[tuple[str, Any], ...], list[Tensor]] = {}
             for p in params:
                 together.setdefault(tuple(self.scalars(self.state[p], group).items()), []).append(p)
-            for scalars, some in together.items():
-                self._step(some, {**group, **dict(scalars)})
+            for scalars, alike in together.items():
+                self._step(alike, {**group, **dict(scalars)})
         return
-        yield  # a rule that asks for nothing
+        yield  # makes this a generator, one that requests nothing
 
     def _step(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         """Call :meth:`update_` on ``params``, piece by piece."""
         specs, whole = self.specs(group), self.one_pass(group)
         names = [name for name, spec in specs.items() if spec.dims == "*"]
         shards = [local(p) for p in params]
-        # Kernels go through memory in order, whatever the strides are.
+        # Contiguous copies, so that all columns are cut in the same order.
         targets = [shard.contiguous() for shard in shards]
         columns = [targets, [local_gradient(p).contiguous() for p in params]]
         columns += [[local(self.state[p][name]) for p in params] for name in names]
         scalars = {name: [self.state[p][name] for p in params] for name in specs if name not in names} if whole else {}
-        # 16-bit parameters are updated in float32, and what is stored in fewer bits is rounded to nearest afterwards.
+        # The update is computed in float32 at least; tensors stored in fewer bits are rounded to nearest afterwards.
         dtype = torch.promote_types(shards[0].dtype, torch.float32)
         size = None if whole else BLOCK_BYTES.get(shards[0].device.type)
         for block in flat_blocks(columns, size // dtype.itemsize) if size else [columns]:

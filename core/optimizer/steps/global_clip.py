@@ -1,4 +1,4 @@
-"""Optimizers that scale by a norm over all of their parameters, on all ranks."""
+"""Base of optimizers that scale their updates by a norm over all parameters on all ranks."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,29 +15,29 @@ from .weight_decay import METHOD, decay_first_
 
 
 class GlobalClip(StackedStep):
-    """Base of optimizers whose rule scales by a norm over all parameters of its optimizer.
+    """Base of optimizers whose rule scales updates so that a norm over all parameters of the optimizer is bounded.
 
     Attributes:
-        max_norm: Largest norm; None: the rule is not to scale.
-        scale: Factor for the step that is being taken, a float64 scalar; None when there is no ``max_norm``.
+        max_norm: Largest norm; None turns the scaling off.
+        scale: Factor for the current step, a float64 scalar; None without ``max_norm``.
     """
 
     max_norm: float | None
     scale: Tensor | None
 
     def scaled(self, p: Tensor, g: Tensor, group: Mapping[str, Any]) -> Iterable[Tensor]:
-        """Pieces of what the rule is to scale, made of the parameter ``p`` and this rank's shard ``g`` of its gradient."""
+        """Pieces of the quantity whose norm is bounded, for the parameter ``p`` and this rank's shard ``g`` of its gradient."""
         return (g,)
 
     def _scaled(self, p: Tensor, g: Tensor, group: Mapping[str, Any]) -> Iterable[Tensor]:
-        if group.get(METHOD) == "l2":  # decay is part of the gradient that the rule is given
+        if group.get(METHOD) == "l2":  # weight decay is then part of the gradient that the rule receives
             wide = torch.promote_types(g.dtype, torch.float32)
             (g,), group = decay_first_([local(p).to(wide)], [g.to(wide)], group)
         return self.scaled(p, g, group)
 
     @torch.no_grad()
     def updates(self) -> Iterator[Work]:
-        """As in the base class, after the reduction that the norm takes."""
+        """As in the base class, after one reduction for the norm."""
         self.scale = None
         if self.max_norm is not None:
             check_gradients(self.param_groups)

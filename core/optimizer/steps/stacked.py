@@ -1,4 +1,4 @@
-"""Optimizers that ask for numbers of whole tensors: parameters of one shape and layout are a stack, and one call of the rule."""
+"""Base of optimizers that need numbers of whole tensors; one call of the rule updates a stack of parameters of one layout."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +21,19 @@ from .state_views import as_state
 from .weight_decay import decay_first_
 
 STACK_BYTES = {"cpu": 2**18}
-"""Largest stack of gradients by device: on CPU small matrices gain from sharing a call, large ones fall out of the cache."""
+"""Bytes of the largest stack of gradients, by device. On CPU small matrices gain from one shared call, but large stacks do
+not fit the cache."""
 
 RuleFunction = Callable[[Tensor, Tensor, Any, Layout, Mapping[str, Any]], Rule]
-"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); its result is what the class :attr:`~StackedStep.returns`.
+"""``rule(p, g, state, layout, group)`` on stacks (B, *shard); :attr:`~StackedStep.returns` says what it returns.
 
-``state`` has the state's stacks, ``names`` (keys of randomness), and ``stored``, the dtype that the parameters are kept in.
+``state`` has the stacks of the state as attributes, and ``names``, the keys of random numbers, and ``stored``, the dtype of
+the stored parameters.
 """
 
 
 def bucket_size(p: Tensor, layout: Layout) -> int:
-    """How many parameters like this one a bucket may hold: the same on every rank, also where shards are uneven."""
+    """Largest number of parameters like ``p`` in a bucket; equal on every rank, even if shards are uneven."""
     limit = STACK_BYTES.get(p.device.type, 2**26)
     largest = prod(layout.shape) // prod(axis.size for axis in layout.axes)
     return max(1, limit // max(1, largest * p.element_size()))
@@ -39,15 +41,15 @@ def bucket_size(p: Tensor, layout: Layout) -> int:
 
 @dataclass
 class Bucket:
-    """Parameters of one group that are stepped by one call of the rule.
+    """Parameters of one group that one call of the rule updates.
 
     Attributes:
         params: B parameters with equal shard shapes, dtypes and layouts.
         layout: Layout of each of them.
         specs: Declarations of the state, by name.
         stacks: State name → (B, *state shard).
-        names: Names that the randomness of each is keyed by; the first stands for all of them in errors.
-        begun: Whether its rule has already begun in this step, during backward.
+        names: Key of the random numbers of each parameter; errors name the first.
+        begun: Whether the rule of this bucket began in this step already, during backward.
     """
 
     params: list[Tensor]
@@ -59,12 +61,12 @@ class Bucket:
 
     @property
     def label(self) -> str:
-        """Name that stands for the parameters in errors."""
+        """Name of the first parameter, by which errors name the bucket."""
         return self.names[0]
 
     @classmethod
     def make(cls, params: list[Tensor], layout: Layout, specs: Mapping[str, StateSpec], names: list[str]) -> "Bucket":
-        """A bucket with fresh state."""
+        """A bucket with initial state."""
         like = local(params[0])
         stacks = {
             name: spec.allocate(layout, len(params), dtype=like.dtype, device=like.device)
@@ -73,7 +75,7 @@ class Bucket:
         return cls(params, layout, specs, stacks, names)
 
     def bind(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Make ``state[p][name]`` a view of the stack, taking over the value of a tensor that somebody put there.
+        """Make ``state[p][name]`` a view of the stack, and copy a tensor that was there before into it.
 
         Raises:
             ValueError: when such a tensor has another shape than the state.
@@ -101,7 +103,7 @@ class Bucket:
         *,
         widens: bool,
     ) -> Rule:
-        """A rule for the engine: step the parameters that have a gradient, leave the others and their state alone."""
+        """A rule for the engine that updates the parameters with a gradient; the others and their state do not change."""
         live = [i for i, p in enumerate(self.params) if p.grad is not None]
         whole_stack = len(live) == len(self.params)
         pending = []
@@ -114,18 +116,18 @@ class Bucket:
         rows: Sequence[int],
         rule: RuleFunction,
         apply: Callable[[Tensor, Tensor, Mapping[str, Any]], None],
-        given: Mapping[str, Any],
+        settings: Mapping[str, Any],
         widens: bool,
     ) -> Rule:
         params = [local(self.params[i]) for i in rows]
         gradients = [local_gradient(self.params[i]) for i in rows]
         single = len(rows) == 1
-        # Rules compute in float32 at least, whatever the parameters are stored in.
+        # Rules compute in float32 at least, whatever dtype the parameters have.
         wide = torch.promote_types(params[0].dtype, torch.float32) if widens else params[0].dtype
         p = (params[0].unsqueeze(0) if single else torch.stack(params)).to(wide)
         g = (gradients[0].unsqueeze(0) if single else torch.stack(gradients)).to(wide)
-        (g,), group = decay_first_([p], [g], given)
-        for target, decayed in zip(params, p, strict=True) if group is not given else ():
+        (g,), group = decay_first_([p], [g], settings)
+        for target, decayed in zip(params, p, strict=True) if group is not settings else ():
             if target.data_ptr() != decayed.data_ptr() or target.dtype != wide:
                 target.copy_(decayed)
         state = SimpleNamespace(
@@ -140,14 +142,14 @@ class Bucket:
 class StackedStep(ShardedStep):
     """Base of optimizers whose update needs numbers of the whole tensor, such as its norm or the means of its rows.
 
-    A subclass says what the state is (:meth:`state_specs`) and what the rule is (:meth:`rule`), a generator on stacks of
+    A subclass declares the state (:meth:`state_specs`) and defines the rule (:meth:`rule`), a generator on stacks of
     parameters that yields a request wherever it needs such a number.
     """
 
     widens = True
-    """Whether the rule is given 16-bit parameters and gradients in float32; a rule that widens them itself needs less memory."""
+    """Whether the rule receives 16-bit parameters and gradients cast to float32; a rule that casts by itself saves memory."""
     returns: Literal["update", "parameter"] = "update"
-    """What a rule's result is: what to subtract from the parameter, times lr; or the new parameter itself."""
+    """Meaning of the rule's result: an update, which is subtracted times ``lr``, or the new parameter itself."""
 
     def prepare(self, pg_collection: ProcessGroupCollection | None) -> None:
         """As in the base class."""
@@ -155,11 +157,11 @@ class StackedStep(ShardedStep):
         self._made_buckets: dict[tuple[Any, ...], list[Bucket]] = {}
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """The update of the parameters in ``group``."""
+        """The rule that updates the parameters in ``group``."""
         raise NotImplementedError
 
     def traffic(self, layout: Layout) -> tuple[float, int]:
-        """Work for a parameter of ``layout``, and entries of the largest whole tensor that goes to a rank for it, or 0."""
+        """Relative work for a parameter of ``layout``, and entries of the largest tensor that is sent to an owner, or 0."""
         return 0.0, 0
 
     def updates(self) -> Iterator[engine.Work]:
@@ -173,7 +175,7 @@ class StackedStep(ShardedStep):
                 bucket.begun = False
 
     def travelling(self) -> Iterator[Travelling]:
-        """The buckets whose matrices travel, to be stepped before the others; :meth:`updates` leaves out what was begun."""
+        """The buckets whose matrices are sent to an owner; :meth:`updates` leaves out those that have begun by then."""
         position = {p: at for at, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for group in self.param_groups if self.kind == "matrix" else ():
             self._init_group(group)
@@ -196,10 +198,10 @@ class StackedStep(ShardedStep):
             bucket.bind(self.state)
 
     def _apply(self, p: Tensor, result: Tensor, group: Mapping[str, Any]) -> None:
-        """Bring what the rule returned for the shard ``p`` onto it."""
+        """Apply the rule's ``result`` for the shard ``p`` to it, in place."""
         if self.returns == "update":
             p.add_(result, alpha=-float(group["lr"]))
-        # A rule that updates the stack in place has done it already, where that is the parameter itself.
+        # A rule that works in place has changed the parameter already, if the stack shares its memory.
         elif p.data_ptr() != result.data_ptr() or p.dtype != result.dtype:
             p.copy_(result)
 
@@ -207,7 +209,7 @@ class StackedStep(ShardedStep):
         return bucket.update(self.rule(group), self._apply, group, widens=self.widens)
 
     def _buckets(self, group: Mapping[str, Any]) -> list[Bucket]:
-        """The buckets of ``group``; made anew when its list of parameters has changed."""
+        """The buckets of ``group``; built again when its list of parameters has changed."""
         made = self._made_buckets
         key = tuple((id(p), p.dtype, p.device) for p in group["params"])
         if key not in made:

@@ -10,9 +10,9 @@ from ...sharding.state import StateSpec
 
 
 def as_state(view: Tensor, p: Tensor, spec: StateSpec, layout: Layout) -> Tensor:
-    """``view`` as users see it: a DTensor that shares its memory when the parameter is one, so that torch can reshard it.
+    """A DTensor that shares the memory of ``view`` if ``p`` is a DTensor, so that torch can reshard it; otherwise ``view``.
 
-    What belongs to this rank's block alone (a statistic in ``blockwise`` mode) has no place in the whole and stays plain.
+    A statistic of this rank's block alone (``blockwise`` mode) is no part of a whole tensor and stays a plain tensor.
     """
     if not isinstance(p, DTensor) or (spec.dims != "*" and layout.shape != p.shape):
         return view

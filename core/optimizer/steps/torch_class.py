@@ -1,4 +1,4 @@
-"""Optimizers of other libraries, exact on shards: their own class steps the whole tensor, on the rank that works on it."""
+"""Optimizers of other libraries, exact on shards: their own class updates each whole tensor on the rank that works on it."""
 
 import inspect
 from collections import defaultdict
@@ -19,10 +19,10 @@ from .weight_decay import METHOD
 from .whole_tensor import Unit, WholeMode, WholeState, WholeStep
 
 Initialise = Callable[[Any, nn.Parameter], dict[str, Any]]
-"""``initialise(optimizer, p)``: the state of ``p`` before the first step: tensors, numbers, or lists of them, by name."""
+"""``initialise(optimizer, p)`` returns the state of ``p`` before the first step: name → tensor, number, or list of them."""
 
 DRAWS = "draws"
-"""State of a class that draws random numbers: the number of steps in which it did."""
+"""State of a class that draws random numbers: the number of steps in which it has drawn."""
 
 
 class LibraryStep(WholeStep):
@@ -38,30 +38,30 @@ class LibraryStep(WholeStep):
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
         bound = self.__signature__.bind(params, *args, **kwargs)
         bound.apply_defaults()
-        given = dict(bound.arguments)
+        arguments = dict(bound.arguments)
         cls: type = type(self)
         for setting in settings(cls):
-            if setting.choices and given[setting.argument] is not None:
-                choice(setting.argument, given[setting.argument], setting.choices)
+            if setting.choices and arguments[setting.argument] is not None:
+                choice(setting.argument, arguments[setting.argument], setting.choices)
         for name in ("lr", "weight_decay"):
-            non_negative(name, float(given.get(name, 0.0)))
-        self.tp_mode: WholeMode = given.pop("tp_mode")
-        self.seed: int = given.pop("seed", 0)
-        pg_collection: ProcessGroupCollection | None = given.pop("pg_collection")
-        del given["params"]
-        # One instance serves all tensors: it is lent each with its state for the time of a step.
-        self._inner = self.inner([nn.Parameter(torch.ones(1, 1))], **given)
+            non_negative(name, float(arguments.get(name, 0.0)))
+        self.tp_mode: WholeMode = arguments.pop("tp_mode")
+        self.seed: int = arguments.pop("seed", 0)
+        pg_collection: ProcessGroupCollection | None = arguments.pop("pg_collection")
+        del arguments["params"]
+        # One instance serves all tensors: for each update it gets one tensor and the state of that tensor.
+        self._inner = self.inner([nn.Parameter(torch.ones(1, 1))], **arguments)
         defaults = {k: v for k, v in self._inner.param_groups[0].items() if k != "params"}
-        self._takes_decay = "weight_decay" in given
-        vars(self).update({k: v for k, v in given.items() if k not in defaults and not hasattr(self, k)})
+        self._takes_decay = "weight_decay" in arguments
+        vars(self).update({k: v for k, v in arguments.items() if k not in defaults and not hasattr(self, k)})
         self._check_start()
         self._probes: dict[Any, dict[str, Any]] = {}
-        self._given = given
+        self._inner_arguments = arguments
         super().__init__(params, pg_collection, **defaults)
         self._construct_on_wholes([p for group in self.param_groups for p in group["params"]])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in the base class; checks and changes the weights as the constructor of the inner class does."""
+        """As in the base class; then checks or changes the whole weights in place, as the inner constructor does."""
         super().add_param_group(param_group)
         if self._ready:
             self._construct_on_wholes(self.param_groups[-1]["params"])
@@ -86,7 +86,7 @@ class LibraryStep(WholeStep):
         return {**specs, DRAWS: _spec(0)} if self.random else specs
 
     def fresh_state(self, unit: Unit, like: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """State that the inner class begins with."""
+        """Initial state of the inner class."""
         state = super().fresh_state(unit, like, group)
         if unit.home.here:
             dtype = torch.promote_types(like.dtype, torch.float32)
@@ -110,7 +110,7 @@ class LibraryStep(WholeStep):
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             if finite:
                 raise
-            p.fill_(torch.nan)  # what the other classes make of such a gradient
+            p.fill_(torch.nan)  # as in classes whose linear algebra accepts non-finite numbers
             return
         finally:
             self._inner.state, inside["params"] = defaultdict(dict), []
@@ -132,17 +132,17 @@ class LibraryStep(WholeStep):
             yield
 
     def _lend(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the inner class the settings of ``group``; returns its parameter group."""
+        """Copy the settings of ``group`` to the inner optimizer; returns its parameter group."""
         inside = self._inner.param_groups[0]
         kept = inside if self._takes_decay else [k for k in inside if k != "weight_decay"]
         inside |= {k: group[k] for k in kept if k != "params"} | {"lr": float(group["lr"])}
         return inside
 
     def _probe(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
-        """The inner class's state of a tensor of ``shape`` in ``group``, without memory."""
+        """Initial state of the inner class for a tensor of ``shape`` in ``group``, made of a parameter on the meta device."""
         key = shape, *(repr(v) for k, v in group.items() if k in self.defaults and k != "lr")
         if key not in self._probes:
-            # float64, to tell what follows the parameter's dtype from what is float32 by default.
+            # A float64 parameter shows which state follows the parameter's dtype and which is always float32.
             like = nn.Parameter(torch.empty(shape, dtype=torch.float64, device="meta"))
             self._lend(group)
             self._probes[key] = type(self).initialise(self._inner, like)
@@ -154,19 +154,19 @@ class LibraryStep(WholeStep):
         )
         if moved := [k for k, v in zeros.items() if not torch.equal(torch.as_tensor(v), torch.as_tensor(ones[k]))]:
             raise ValueError(
-                f"{self.inner.__name__} begins with state {moved} that depends on the weights, which is not supported; write it "
-                f"as a WholeStep of its own."
+                f"{self.inner.__name__} begins with state {moved} that depends on the weights, which is not supported; write "
+                f"the optimizer as a subclass of WholeStep instead."
             )
 
     def _construct_on_wholes(self, params: list[Tensor]) -> None:
         """Let the inner class check or change the whole weights as its constructor does."""
-        if not _looks_at_weights(self.inner, self._given):
+        if not _looks_at_weights(self.inner, self._inner_arguments):
             return
         refused: list[str] = []
 
         def work(unit: Unit, whole: Tensor) -> None:
             try:
-                self.inner([nn.Parameter(whole)], **self._given)
+                self.inner([nn.Parameter(whole)], **self._inner_arguments)
             except ValueError as error:
                 refused.append(f"{unit.name}: {error}")
 
@@ -190,27 +190,27 @@ def on_whole_tensors(
     float32_only: bool = True,
     **defaults: Any,
 ) -> type[LibraryStep]:
-    """A class that does to a parameter, however it is sharded, what ``inner`` does to the whole of it, bit for bit.
+    """A class that updates a parameter, however it is sharded, as ``inner`` updates the whole parameter, bit for bit.
 
-    Its constructor takes the arguments of ``inner``, then ``tp_mode`` (:class:`~.whole.WholeStep`), ``seed`` where ``random``,
-    and ``pg_collection``. Compiled functions of ``inner`` run eagerly: what the compiler makes of a function depends on the
-    shapes that a process saw before. Checks and changes of the weights in the constructor of ``inner`` are made on the
-    whole weights, with communication. A weight decay that is no argument of ``inner`` stays as ``inner`` has it.
+    The constructor takes the arguments of ``inner``, then ``tp_mode`` (:class:`~.whole_tensor.WholeStep`), ``seed`` if
+    ``random``, and ``pg_collection``. Compiled functions of ``inner`` run eagerly, because the compiler's result depends on
+    the shapes that a process saw before. If the constructor of ``inner`` checks or changes the weights, it is given the whole
+    weights, with communication. A weight decay that is not an argument of ``inner`` cannot be changed.
 
     Args:
         inner: An optimizer whose update of a parameter needs nothing but that parameter, its gradient and its state.
-        initialise: Makes its state; needed where ``inner`` has no method ``_init_group(group, skip_non_grad_params)`` that
-            does. The state must not depend on the weights.
-        any_shape: Whether it takes parameters that are not 2-D.
-        random: Whether it draws from torch's global generators. Those are set for each step of each parameter from ``seed``,
-            the parameter's name and the number of its steps so far, and put back after it: all layouts, and resumed runs,
-            draw the same.
-        transient: Names of state that a step makes and the next one does not need.
-        float32_only: Whether it cannot update float64 parameters.
-        defaults: Of arguments for which ``inner`` has none.
+        initialise: Makes the state; needed if ``inner`` has no method ``_init_group(group, skip_non_grad_params)`` for that.
+            The state must not depend on the weights.
+        any_shape: Whether ``inner`` takes parameters that are not 2-D.
+        random: Whether ``inner`` draws from torch's global generators. Before each step of each parameter they are seeded from
+            ``seed``, the parameter's name and the number of its steps so far, and restored afterwards, so that all layouts
+            and resumed runs draw the same numbers.
+        transient: Names of state that a step makes and the next step does not need.
+        float32_only: Whether ``inner`` cannot update float64 parameters.
+        defaults: Default values of arguments that have none in ``inner``.
 
     Raises:
-        ValueError: when its state starts from the weights, or nothing says how to make it.
+        ValueError: by the constructor, when the state depends on the weights or nothing says how to make it.
     """
     arguments = constructor_arguments(inner)
     own = {"tp_mode": (WholeMode, "owner"), "seed": (int, 1234), "pg_collection": (ProcessGroupCollection | None, None)}
@@ -264,17 +264,18 @@ def _by_init_group(optimizer: Any, p: nn.Parameter) -> dict[str, Any]:
     return state
 
 
-def _looks_at_weights(inner: type[Optimizer], given: dict[str, Any]) -> bool:
+def _looks_at_weights(inner: type[Optimizer], arguments: dict[str, Any]) -> bool:
+    """Whether the constructor of ``inner`` reads or changes the values of the parameters."""
     probe = nn.Parameter(torch.empty(1, 1, device="meta"))
     try:
-        inner([probe], **given)
+        inner([probe], **arguments)
     except (RuntimeError, NotImplementedError):  # a meta tensor has no numbers to look at
         return True
     return probe._version > 0
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """``state`` with lists spread over names of their own: ``Q`` becomes ``Q0``, ``Q1``."""
+    """``state`` with one entry per item of each list: a list ``Q`` becomes ``Q0``, ``Q1`` and so on."""
     flat = {}
     for key, value in state.items():
         several = isinstance(value, list | tuple)
@@ -295,7 +296,7 @@ def _spec(value: Any) -> WholeState:
 
 
 def _restored(like: Mapping[str, Any], slots: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state of ``slots`` in the form of ``like``; tensors share memory."""
+    """The state of ``slots`` in the structure of ``like``; tensors share memory with ``slots``."""
 
     def item(name: str, value: Any) -> Any:
         return slots[name].view(value.shape) if isinstance(value, Tensor) else type(value)(slots[name].item())

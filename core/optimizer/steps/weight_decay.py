@@ -10,7 +10,7 @@ from torch import Tensor
 from .argument_checks import choice
 
 METHOD = "weight_decay_method"
-"""Setting of a parameter group that asks for one of :data:`METHODS` in place of the optimizer's own weight decay."""
+"""Setting of a parameter group that replaces the optimizer's own weight decay by one of :data:`METHODS`."""
 
 METHODS: tuple[str, ...] = get_args(WeightDecayT)
 """The styles, by emerging-optimizers' names; see :func:`decay_`."""
@@ -52,10 +52,10 @@ def decay_(params: list[Tensor], grads: list[Tensor], group: Mapping[str, Any], 
 def decay_first_(
     params: list[Tensor], grads: list[Tensor], group: Mapping[str, Any]
 ) -> tuple[list[Tensor], Mapping[str, Any]]:
-    """:func:`decay_` by the method that the group asks for, if it asks for one, before a rule sees the parameters.
+    """Apply :func:`decay_` in place by the group's method, if it has one, before a rule sees the parameters.
 
     Returns:
-        The gradients, and the settings for the rule, which is to know nothing of weight decay then.
+        The gradients and the settings for the rule; after such a decay these settings contain no weight decay.
     """
     method = group.get(METHOD)
     if method is None:
@@ -64,7 +64,7 @@ def decay_first_(
 
 
 def equivalent(group: Mapping[str, Any], rate: float) -> float:
-    """The coefficient with which the ``decoupled`` style at the learning rate ``rate`` decays as the group asks for."""
+    """Coefficient with which ``decoupled`` decay at the learning rate ``rate`` equals the decay that the group asks for."""
     method = group.get(METHOD) or "decoupled"
     return float(group["weight_decay"]) * _share(method, rate) / rate if rate else 0.0
 
@@ -76,5 +76,5 @@ def check_method(group: Mapping[str, Any]) -> None:
 
 
 def _share(method: str, lr: float) -> float:
-    """What multiplies the coefficient."""
+    """Factor of the coefficient λ in ``p ← (1 - factor·λ)p``."""
     return {"decoupled": lr, "independent": 1.0, "palm": lr * lr}[method]
