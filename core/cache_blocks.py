@@ -1,4 +1,4 @@
-"""Pieces of tensors that fit the cache, for work on CPU that goes over its tensors several times."""
+"""Blocks of tensors that fit the cache, for work on CPU that goes over its tensors several times."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -6,16 +6,16 @@ from math import prod
 from torch import Tensor
 
 BLOCK_BYTES = {"cpu": 2**19}
-"""Bytes of each tensor that are worked on at a time, by device; every cut into blocks follows from this number. A foreach kernel
-on CPU goes through its tensors once an operation; blocks that stay in the cache from one operation to the next make a rule of
-eight operations 1.5 times as fast. Other devices get everything at once, so that few kernels are launched."""
+"""Size of a block in bytes, by device type; every cut into blocks follows from it. A foreach kernel on CPU goes through its
+tensors once per operation; blocks that stay in the cache between operations make a rule of eight operations 1.5 times as fast.
+Other devices get whole tensors, so that few kernels are launched."""
 
 At = tuple[slice, ...]
-"""Where a block is in a tensor."""
+"""Index of a block in a tensor."""
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of ``tensors``, which have one shape, all cut in the same way along dim -2 (vectors: along dim -1)."""
+    """Views of ``tensors``, which have equal shapes, cut into blocks along dim -2 (vectors: along dim -1)."""
     like = tensors[0]
     limit = BLOCK_BYTES.get(like.device.type)
     dim = -min(2, like.ndim)
@@ -30,14 +30,14 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def flat_blocks(columns: Sequence[Sequence[Tensor]], entries: int) -> Iterator[list[list[Tensor]]]:
-    """Flat views of parallel lists of contiguous tensors, cut and grouped.
+    """Groups of flat views of contiguous tensors in parallel lists; tensors that are too large for a group are cut.
 
     Args:
-        columns: Lists of equal length, whose tensors at one place have one size: parameters, gradients, a state.
-        entries: The most that each list of a group holds.
+        columns: Lists of equal length, such as parameters, gradients and one state; tensors with one index have equal sizes.
+        entries: Largest number of entries in each list of a group.
 
     Yields:
-        For each group, a list of views for every column.
+        One list of views per column, for each group.
     """
     pieces = [[piece for x in column for piece in x.view(-1).split(entries)] for column in columns]
     start = held = 0
@@ -51,9 +51,9 @@ def flat_blocks(columns: Sequence[Sequence[Tensor]], entries: int) -> Iterator[l
 
 
 def index_blocks(x: Tensor) -> Iterator[At]:
-    """Indices of pieces of ``x`` (B, *shard) that are contiguous in each shard. Sums over them do not depend on the dtype."""
+    """Indices of blocks of ``x`` (B, *shard) that are contiguous in each shard; the cut does not depend on the dtype."""
     limit = BLOCK_BYTES.get(x.device.type)
-    # Twice the usual block of float32 entries: rules that cut in this way keep few tensors at a time.
+    # Twice as many float32 entries as in a usual block, because rules that cut in this way hold few tensors at a time.
     entries = x.numel() if limit is None else 2 * limit // 4
     for rest in _index_blocks(x.shape[1:], entries // max(1, len(x))):
         yield slice(None), *rest

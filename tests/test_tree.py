@@ -38,6 +38,13 @@ LAYERS = (
 )
 LAYER = {part: row for row, parts in enumerate(LAYERS) for part in parts}
 
+# Files of core/optimizer/rules that import another rule: subclasses of its class, or the same rule with another front.
+RULES_IMPORT = {
+    "adaptive_muon": {"muon", "tensor_parallel_muon"},
+    "muon_optax": {"tensor_parallel_muon"},
+    "tensor_parallel_muon": {"muon"},
+}
+
 # Group set-up asks who is in which group, links are measured, a checkpoint is agreed on; the rest goes through the engine.
 MAY_COMMUNICATE = ("core/engine/", "core/checkpoint/", "core/cost/measure.py", "core/process_groups_config.py")
 COMMUNICATION = re.compile(
@@ -114,6 +121,22 @@ def test_dependencies_point_one_way() -> None:
         if part != part_of(dotted(path)) and LAYER.get(part, len(LAYERS)) >= LAYER[part_of(dotted(path))]
     ]
     assert not wrong, f"LAYERS forbids: {wrong}"
+
+
+def test_rules_import_each_other_only_as_listed() -> None:
+    rules = ROOT / "core/optimizer/rules"
+    pairs = {
+        (path.stem, target)
+        for path in rules.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for target in ([node.module.split(".")[0]] if node.module else [alias.name for alias in node.names])
+        if (rules / f"{target}.py").exists()
+    }
+    listed = {(file, target) for file, targets in RULES_IMPORT.items() for target in targets}
+    assert pairs == listed, (
+        "move what two rules share to rules/parts, or list a subclass and its parent in RULES_IMPORT"
+    )
 
 
 def test_core_imports_itself_by_relative_names_and_nothing_above_it() -> None:

@@ -21,11 +21,11 @@ class Assignment:
     """What happens to one parameter of this rank.
 
     Attributes:
-        name: The parameter.
+        name: Name of the parameter.
         optimizer: Registered name of its optimizer.
-        shape: Shape of the whole.
-        sharding: The cut of the whole, in words.
-        mode: The way in which the shards come together.
+        shape: Shape of the whole parameter.
+        sharding: Description of how the whole parameter is cut into shards.
+        mode: Mode in which the optimizer combines the shards.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Assignment:
 
 
 class ChainedOptimizer(Optimizer):
-    """One optimizer to schedulers and checkpoints; a step runs the members' rules together, so collectives are shared.
+    """Several optimizers that schedulers and checkpoints see as one; their rules run together and share collectives.
 
     Parameter groups and state are those of the members, not copies.
 
     Args:
-        optimizers: Registered name → member. No parameter may be in two of them.
+        optimizers: Registered name → member. No parameter may belong to two members.
         pg_collection: Process groups of the model.
     """
 
@@ -72,11 +72,11 @@ class ChainedOptimizer(Optimizer):
         return loss
 
     def train(self) -> None:
-        """Make the parameters those to train with, where an optimizer keeps others to evaluate with (schedule-free)."""
+        """Put the training weights into the parameters, for members that evaluate with other weights (schedule-free)."""
         self._switch("train")
 
     def eval(self) -> None:
-        """Make the parameters those to evaluate with; :meth:`train` takes it back."""
+        """Put the weights for evaluation into the parameters, in place; :meth:`train` reverts it."""
         self._switch("eval")
 
     def _switch(self, to: str) -> None:
@@ -115,10 +115,10 @@ class ChainedOptimizer(Optimizer):
         ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while it is built.
+        """Add a group of one of the members, while the chain is being built.
 
         Raises:
-            ValueError: afterwards; a new parameter needs to be routed.
+            ValueError: for any other group, because a new parameter must be given to one of the members.
         """
         if not any(param_group is group for member in self.members.values() for group in member.param_groups):
             raise ValueError(
@@ -146,7 +146,7 @@ class ChainedOptimizer(Optimizer):
         load_state(self, state_dict, super().load_state_dict, take)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in torch, and the members see the new state."""
+        """As in torch, and let the members share the new state."""
         super().__setstate__(state)
         self._share()
 
@@ -160,7 +160,7 @@ class ChainedOptimizer(Optimizer):
 
 
 def finish_step(members: Sequence[Any], run: engine.Run) -> None:
-    """Take the step of ``members`` that ``run`` may have begun: the rules of ours together, then the others."""
+    """Finish a step that ``run`` may have begun: the rules of this package's members together, then the other members."""
     run.finish(update for member in members if isinstance(member, ShardedStep) for update in member.updates())
     for member in members:
         if not isinstance(member, ShardedStep):

@@ -12,7 +12,7 @@ from .steps.global_norm import Entry, clip_factor, distinct, global_norm, norm_d
 
 
 class NonFiniteGradientError(ArithmeticError):
-    """A gradient has an entry that is not a number or infinite. Nothing was changed."""
+    """A gradient has an entry that is NaN or infinite; no gradient was changed."""
 
 
 @torch.no_grad()
@@ -21,15 +21,15 @@ def clip_grad_norm_(
 ) -> float:
     """Scale all gradients in place so that their global norm is at most ``max_norm``.
 
-    Shards are summed over the ranks that hold them, experts also over those that hold other experts. Copies count once: on
-    replicas, and of tied weights, which Megatron's attributes tell (``shared`` on a copy, or ``shared_embedding`` on all of
-    them, of which the first pipeline stage's counts). One reduction for all parameters.
+    The norm sums over the ranks that hold shards, and for experts also over the ranks that hold other experts. Copies count
+    once, on replicas and for tied weights, which Megatron's attributes mark (``shared`` on a copy, or ``shared_embedding`` on
+    all of them, of which the first pipeline stage's counts). All parameters share one reduction.
 
     Args:
         entries: Every parameter of this rank; those without a gradient do not count, and one that comes twice counts once.
-        max_norm: Largest norm; 0 only measures.
+        max_norm: Largest norm; with 0 the norm is measured and nothing is scaled.
         groups: Process groups of the model.
-        total: The norm, where it is known.
+        total: Global norm, if it is known already.
 
     Returns:
         The norm before clipping, the same on every rank.
@@ -47,7 +47,7 @@ def clip_grad_norm_(
 def norm_and_factor(
     entries: Sequence[Entry], max_norm: float, groups: ProcessGroupCollection, total: Tensor | None = None
 ) -> tuple[float, float]:
-    """The norm, and what :func:`clip_grad_norm_` multiplies gradients by; arguments and errors as there, nothing is changed."""
+    """The norm and the factor of :func:`clip_grad_norm_`, with the same arguments and errors; changes nothing."""
     total = global_norm(entries, groups) if total is None else total
     norm = float(total)
     with_gradient = [(name, local_gradient(p)) for name, p, _ in distinct(entries)]
@@ -71,11 +71,11 @@ def clip_grad_value_(entries: Sequence[Entry], max_value: float) -> None:
 
 
 def _report(names_by_rank: Sequence[Sequence[str]]) -> str:
-    found = [(rank, name) for rank, names in enumerate(names_by_rank) for name in names]
-    if not found:
+    bad = [(rank, name) for rank, names in enumerate(names_by_rank) for name in names]
+    if not bad:
         return "the global gradient norm overflows float64 although every gradient is finite; lower the loss scale."
-    rank, name = found[0]
-    others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    rank, name = bad[0]
+    others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     return (
         f"gradient of {name} on model-parallel rank {rank}{others} is not finite; nothing was changed. "
         f"Lower the learning rate, look at the data of this step, or skip it."

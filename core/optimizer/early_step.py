@@ -24,9 +24,9 @@ class EarlyStep:
         with EarlyStep(optimizer):
             loss.backward()  # no optimizer.step() afterwards
 
-    Matrices of owner mode leave wave by wave, the last layer's first, and are worked on as they arrive, so that their way to
-    the owner and back is hidden behind the rest of backward. Everything else is stepped when the context is left. The
-    result is that of ``optimizer.step()``. A gradient that is not finite is not found before parameters have changed.
+    Matrices of owner mode are sent in waves, the last layer's first, and updated as they arrive, so that communication with
+    the owners overlaps with the rest of backward. All other parameters are updated when the context is left. The result is
+    that of ``optimizer.step()``, but a gradient that is not finite is only noticed after parameters have changed.
 
     The ranks that share a parameter must run the same backward. Gradients are final when autograd has added them up, or
     when ``reduce`` has returned.
@@ -34,11 +34,11 @@ class EarlyStep:
     Args:
         optimizer: A chain, or one optimizer of this project.
         clip_grad: Largest global norm of the gradients; 0: no clipping.
-        norm: The global norm, where it is known before backward.
-        reduce: Makes a parameter's ``.grad`` final, in place: the sum over data-parallel ranks, where nobody else does it.
+        norm: Global norm of the gradients, if it is known before backward.
+        reduce: Makes a parameter's ``.grad`` final in place, by a sum over data-parallel ranks, if nothing else does so.
 
     Raises:
-        ValueError: when gradients shall be clipped by a norm that is not known.
+        ValueError: for ``clip_grad`` without ``norm``.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class EarlyStep:
     ) -> None:
         if clip_grad > 0 and norm is None:
             raise ValueError(
-                f"clip_grad={clip_grad} needs the norm of all gradients before the first parameter moves, and a step during "
-                f"backward moves some while gradients are still to come; pass clip_grad=0, or the norm if it is known, or "
-                f"call optimizer.step() after backward."
+                f"clip_grad={clip_grad} needs the norm of all gradients before the first parameter changes, but a step during "
+                f"backward changes parameters before all gradients are there; pass clip_grad=0, or the norm if it is known, "
+                f"or call optimizer.step() after backward."
             )
         self._members: list[Any] = list(members_of(optimizer))
         self._reduce = reduce
@@ -61,9 +61,9 @@ class EarlyStep:
         self._factor = 1.0 if known is None or not clip_grad else float(clip_factor(known, clip_grad))
 
     def __enter__(self) -> Self:
-        """Watch the gradients."""
+        """Register hooks on the gradients."""
         queue = [item for member in self._members if isinstance(member, ShardedStep) for item in member.travelling()]
-        # The order in which backward is done with them; the same on all ranks.
+        # The order in which backward finishes their gradients; it is equal on all ranks.
         self._queue = deque(sorted(queue, key=lambda item: -item.position))
         self._run = engine.Run(entries=max((item.entries for item in queue), default=0))
         self._final: set[int] = set()
@@ -74,7 +74,7 @@ class EarlyStep:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the step, unless backward failed: then parameters that left early have moved or not."""
+        """Finish the step, unless backward failed; in that case some parameters may have changed already."""
         for hook in self._hooks:
             hook.remove()
         if error is None:

@@ -1,4 +1,4 @@
-"""Megatron-Core's module of this name, with its contracted names; :func:`get_optimizer` builds the optimizer of a model.
+"""Counterpart of Megatron-Core's module of this name, with the names it exports; :func:`get_optimizer` builds an optimizer.
 
 To add an optimizer, see :mod:`.registry`.
 """
@@ -60,7 +60,7 @@ __all__ = [
 
 
 def get_supported_coefficient_types() -> tuple[str, ...]:
-    """The coefficient sets that the installed ``emerging_optimizers`` names."""
+    """Names of the coefficient sets in the installed ``emerging_optimizers``."""
     return get_args(NSCoeffT)
 
 
@@ -74,14 +74,14 @@ def validate_coefficient_type(coefficient_type: str) -> None:
 def _create_emerging_optimizer(
     config: Any, param_groups: Any, eopt_name: str, model_chunks: Sequence[nn.Module], pg_collection: Any
 ) -> tuple[Optimizer, Callable[..., None]]:
-    """Build the optimizer called ``eopt_name`` for ``param_groups``; returns it and what makes its state."""
+    """Build the optimizer called ``eopt_name`` for ``param_groups``; returns it and the function that makes its state."""
     entry = entry_of(eopt_name)
     to_kwargs = entry.config_to_kwargs or partial(_default_adam_based_eopt_config_to_kwargs, eopt_name)
     return entry.optimizer_cls(param_groups, **to_kwargs(config, model_chunks, pg_collection)), entry.init_state_fn
 
 
 def _embedding_names(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
-    """Weights of ``nn.Embedding`` modules, whatever they are called."""
+    """Names of the weights of all ``nn.Embedding`` modules."""
     return tuple(
         f"{name}.weight".removeprefix(".")
         for chunk in model_chunks
@@ -97,13 +97,13 @@ def get_optimizer(
     param_overrides: Overrides | None = None,
     weight_decay_mask: Mask | None = None,
 ) -> ChainedOptimizer:
-    """Build the optimizer of a model: every parameter gets one, by ``config.optimizer``, its entry's overrides and yours.
+    """Build the optimizer of a model; ``config.optimizer``, its entry's overrides and ``param_overrides`` select it by parameter.
 
     Args:
-        config: Names the optimizer and its settings.
-        model_chunks: This rank's module, or modules; parameter names must be global.
-        pg_collection: Process groups, ours or Megatron-Core's. DTensors (``fully_shard``, ``parallelize_module``) need none,
-            their meshes say who holds what; pipeline stages, and plain tensors with Megatron's attributes, do.
+        config: Optimizer name and settings.
+        model_chunks: This rank's module or modules; parameter names must be global.
+        pg_collection: Process groups, ours or Megatron-Core's. Pipeline stages and plain tensors with Megatron's attributes
+            need them; DTensors (``fully_shard``, ``parallelize_module``) do not, since each carries its mesh.
         param_overrides: Settings for the parameters that a key selects, ``{"optimizer": "adamw", "lr": 1e-3}``; they win
             over the entry's own.
         weight_decay_mask: Which parameters get weight decay: ``mask(name, param)``, or patterns of names, of which
@@ -124,13 +124,13 @@ def get_optimizer(
     routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
     members: dict[str, Optimizer] = {}
     stages = groups.domain((groups.axis("pp"),)).gather(list(dict.fromkeys(r.optimizer for r in routed)))
-    # In one order on all stages: a norm over the whole model is a collective of its own.
-    here = {r.optimizer for r in routed}
-    for name in (name for name in dict.fromkeys(name for stage in stages for name in stage) if name in here):
-        mine = param_groups([r for r in routed if r.optimizer == name])
+    # All stages use one order, because a norm over the whole model is a collective of its own.
+    on_this_stage = {r.optimizer for r in routed}
+    for name in (name for name in dict.fromkeys(name for stage in stages for name in stage) if name in on_this_stage):
+        member_groups = param_groups([r for r in routed if r.optimizer == name])
         if needs_l2(name, config):
-            mine = [{METHOD: "l2", **group} for group in mine]
-        optimizer, init_state = _create_emerging_optimizer(config, mine, name, model_chunks, groups)
+            member_groups = [{METHOD: "l2", **group} for group in member_groups]
+        optimizer, init_state = _create_emerging_optimizer(config, member_groups, name, model_chunks, groups)
         check_settings(name, optimizer)
         init_state(optimizer, config)
         members[name] = optimizer
@@ -141,9 +141,9 @@ def get_optimizer(
 def _check_global_clips(
     members: dict[str, Optimizer], stages: Sequence[Sequence[str]], groups: ProcessGroupCollection
 ) -> None:
-    """Refuse, on all stages, an optimizer that clips by a norm over the whole model and is missing on one of them."""
-    mine = [name for name, member in members.items() if getattr(member, "max_norm", None) is not None]
-    for clipping in groups.domain((groups.axis("pp"),)).gather(mine):
+    """Raise ValueError on all stages if an optimizer clips by a norm over the whole model and is missing on one stage."""
+    local_names = [name for name, member in members.items() if getattr(member, "max_norm", None) is not None]
+    for clipping in groups.domain((groups.axis("pp"),)).gather(local_names):
         for name in clipping:
             if missing := [i for i, stage in enumerate(stages) if name not in stage]:
                 raise ValueError(

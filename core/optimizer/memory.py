@@ -1,4 +1,4 @@
-"""How much memory the state of an optimizer takes: what its declaration predicts, and what is really there."""
+"""Memory of an optimizer's state, as its declaration predicts it and as it is measured."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class StateMemory:
     Attributes:
         optimizer: Class of the optimizer.
         state: Name of the state tensor.
-        parameters: Entries of the whole parameters that have it.
-        whole: Bytes of the whole state tensors, each counted once however many ranks keep it.
-        predicted: Bytes that this rank should keep, by the declaration.
+        parameters: Entries of the whole parameters that have this state.
+        whole: Bytes of the whole state tensors, each counted once even if several ranks keep it.
+        predicted: Bytes that this rank keeps according to the declaration.
         measured: Bytes that this rank keeps.
     """
 
@@ -34,10 +34,10 @@ class StateMemory:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """The state memory of an optimizer; printed, a table.
+    """The state memory of an optimizer; ``str`` makes a table of it.
 
     Attributes:
-        rows: One for each optimizer and kind of state tensor.
+        rows: One row for each optimizer and kind of state tensor.
         parameters: Entries of all whole parameters that this rank has a part of.
     """
 
@@ -51,7 +51,7 @@ class MemoryReport:
 
     @property
     def predicted(self) -> int:
-        """Bytes that this rank should keep."""
+        """Bytes that this rank keeps according to the declarations."""
         return sum(row.predicted for row in self.rows)
 
     @property
@@ -60,7 +60,7 @@ class MemoryReport:
         return sum(row.measured for row in self.rows)
 
     def __str__(self) -> str:
-        """A table, and the sum."""
+        """The rows and their sum as a table."""
         head = ("optimizer", "state", "bytes/parameter", "predicted here", "measured here")
         cells = [
             (r.optimizer, r.state, f"{r.whole / max(1, r.parameters):.4g}", f"{r.predicted:,}", f"{r.measured:,}")
@@ -73,7 +73,7 @@ class MemoryReport:
 
 
 def memory_report(optimizer: Optimizer) -> MemoryReport:
-    """What the state of ``optimizer``, one of this package or a chain of them, takes on this rank.
+    """Memory of the state of ``optimizer``, one of this package or a chain of them, on this rank.
 
     Raises:
         ValueError: for an optimizer that does not declare its state.
@@ -90,11 +90,11 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
             for p in group["params"]:
                 size = prod(member.layout(p).shape)
                 entries += size
-                for slot, (here, whole) in member.state_sizes(p, group).items():
+                for slot, (shard, whole) in member.state_sizes(p, group).items():
                     kept.setdefault(slot, []).append(local(member.state[p][slot]))
                     was = rows.get((kind, slot), StateMemory(kind, slot, 0, 0, 0, 0))
                     rows[kind, slot] = StateMemory(
-                        kind, slot, was.parameters + size, was.whole + whole, was.predicted + here, was.measured
+                        kind, slot, was.parameters + size, was.whole + whole, was.predicted + shard, was.measured
                     )
         for slot, tensors in kept.items():
             row = rows[kind, slot]
@@ -105,5 +105,5 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory behind ``tensors``; views of one stack share it."""
+    """Bytes of the storage of ``tensors``; views of one stack share their storage, which counts once."""
     return sum({s.data_ptr(): s.nbytes() for t in tensors for s in [t.untyped_storage()] if s.nbytes()}.values())

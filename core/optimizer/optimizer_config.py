@@ -1,4 +1,4 @@
-"""Which optimizer, with which settings, for which parameters. Names are Megatron-Core's."""
+"""The config that names an optimizer and holds its settings. Field names are Megatron-Core's."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -15,19 +15,20 @@ __all__ = ["OptimizerConfig", "ParamKey", "ParamPredicate", "ParamWithNamePredic
 
 @dataclass(init=False)
 class OptimizerConfig:
-    """Settings of every optimizer; an optimizer takes ``{its name}_{argument}``, or else ``{argument}``.
+    """Settings of every optimizer; an argument is read from ``{optimizer name}_{argument}``, or else from ``{argument}``.
 
-    Besides the fields, each plain argument of each registered optimizer is a setting: ``OptimizerConfig(optimizer="lion",
-    lion_betas=(0.9, 0.98))``, and ``config.lion_betas`` gives it back. A setting that nobody gave is the optimizer's own default.
+    Besides the fields, each plain argument of each registered optimizer is a setting and an attribute, for example
+    ``OptimizerConfig(optimizer="lion", lion_betas=(0.9, 0.98)).lion_betas``. Settings that are left out keep the optimizer's
+    own default.
 
     Attributes:
         optimizer: Registered name.
         lr: Learning rate.
         min_lr: Learning rate at the end of a schedule.
-        weight_decay: Coefficient of weight decay, of every optimizer.
-        decoupled_weight_decay: False adds it to the gradient; ``sgd`` always does.
+        weight_decay: Coefficient of weight decay for every optimizer.
+        decoupled_weight_decay: False adds weight decay to the gradient; ``sgd`` always does that.
         weight_decay_method: ``decoupled``, ``independent``, ``l2`` or ``palm`` (:func:`~.weight_decay.decay_`),
-            for parameters that no override gives another; None: what the line above says, where and as each optimizer has it.
+            for parameters without an override; None leaves ``decoupled_weight_decay`` in force, as each optimizer defines it.
         clip_grad: Largest global gradient norm; 0 for no clipping.
         adam_beta1: Decay of Adam's mean of the gradient.
         adam_beta2: Decay of Adam's mean of the squared gradient.
@@ -42,7 +43,7 @@ class OptimizerConfig:
         muon_coefficient_type: Set of Newton-Schulz coefficients.
         muon_num_ns_steps: Newton-Schulz iterations.
         muon_tp_mode: ``owner``, ``distributed``, ``duplicated``, ``auto``, or ``blockwise``, which is not exact.
-        muon_extra_scale_factor: Another factor of Muon's update.
+        muon_extra_scale_factor: Additional factor of Muon's update.
         adaptive_muon_moment2_method: ``adamuon``, ``normuon`` or ``namo``.
         adaptive_muon_beta2: Decay of its second moment.
         adaptive_muon_eps: Added to its denominator.
@@ -104,7 +105,7 @@ class OptimizerConfig:
 
 def _setting(name: str) -> Setting:
     if takers := takers_of(name):
-        # Errors are to call it as the user did.
+        # Errors then name the setting as the user wrote it.
         return replace(next(iter(takers.values())), argument=name)
     valid = [*(f.name for f in fields(OptimizerConfig)), *all_settings()]
     near = [v for v in valid if v.partition("_")[0] == name.partition("_")[0]]

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class ParamPredicate:
-    """A test of a parameter. Equal by name."""
+    """A test of a parameter; two tests of one name are equal."""
 
     name: str
     fn: Callable[[torch.nn.Parameter], bool] = field(compare=False)
@@ -22,7 +22,7 @@ class ParamPredicate:
 
 @dataclass(frozen=True)
 class ParamWithNamePredicate:
-    """A test of a parameter and its name. Equal by name of the test."""
+    """A test of a parameter and its name; two tests of one name are equal."""
 
     name: str
     fn: Callable[[torch.nn.Parameter, str], bool] = field(compare=False)
@@ -34,13 +34,13 @@ class ParamWithNamePredicate:
 
 @dataclass(frozen=True, slots=True)
 class ParamKey:
-    """Selects parameters: any pattern, attribute or predicate that holds selects.
+    """Selects the parameters for which any pattern, attribute or predicate holds.
 
     Attributes:
-        name: Glob pattern, or several, for the parameter's name.
-        attr: Attribute, or several, that is true on the parameter.
-        predicate: Test of the parameter, or several.
-        with_name_predicate: Test of the parameter and its name, or several.
+        name: Glob pattern for the parameter's name, or several.
+        attr: Name of an attribute that is true on the parameter, or several names.
+        predicate: Test of the parameter, or several tests.
+        with_name_predicate: Test of the parameter and its name, or several tests.
     """
 
     name: str | tuple[str, ...] = ()

@@ -1,6 +1,6 @@
-"""The registry: names of optimizers, and what it takes to build each.
+"""The registry: the entry that builds each optimizer, by name.
 
-An optimizer is registered by one line of :data:`_OPTIMIZERS`: its class, and only what differs from the defaults beside it.
+One line of :data:`_OPTIMIZERS` registers an optimizer: its class, and beside it only what differs from the defaults.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def _is_nonlinear_or_embedding(param: Tensor) -> bool:
 
 
 _NOT_A_MATRIX = ("*embed*", "*router*", "*output_layer.weight", "*lm_head.weight")
-"""Names of weights that are 2-D, but tables of rows or too sensitive to be orthogonalized, whether or not they are tagged."""
+"""Names of 2-D weights that must not be orthogonalized, tagged or not: tables of rows, and weights too sensitive for it."""
 
 
 def _default_param_overrides_factory() -> dict[ParamKey, dict[str, Any]]:
@@ -63,22 +63,22 @@ def _default_param_overrides_factory() -> dict[ParamKey, dict[str, Any]]:
 
 
 def _eopt_init_state_fn(opt: Any, config: Any = None) -> None:
-    """Make state for every parameter, also those without a gradient: a checkpoint is loaded into it."""
+    """Make the state of every parameter, also without a gradient, because a checkpoint is loaded into existing state."""
     for group in opt.param_groups:
         opt._init_group(group, skip_non_grad_params=False)
 
 
 @dataclass
 class EmergingOptimizerEntry:
-    """What it takes to build an optimizer by name.
+    """An entry of the registry: how to build an optimizer from a config.
 
     Attributes:
-        optimizer_cls: The class.
-        init_state_fn: ``(optimizer, config=None)``: makes the state of every parameter.
-        config_to_kwargs: ``(config, model_chunks, pg_collection)`` → constructor arguments; None: by name, and ``betas`` from
-            ``adam_beta1`` and ``adam_beta2``.
-        default_param_overrides: Settings for parameters that the class must not get.
-        builder: Class that makes functional optimizers of it (:mod:`.builders`); None for the one that serves all.
+        optimizer_cls: The optimizer class.
+        init_state_fn: ``init_state_fn(optimizer, config=None)`` makes the state of every parameter.
+        config_to_kwargs: ``(config, model_chunks, pg_collection)`` → constructor arguments; None takes each argument from the
+            setting of its name, and ``betas`` from ``adam_beta1`` and ``adam_beta2``.
+        default_param_overrides: Overrides that give parameters which the class must not get to another optimizer.
+        builder: Class that builds functional optimizers of this class (:mod:`.functional.builders`); None for the default one.
     """
 
     optimizer_cls: type
@@ -89,9 +89,7 @@ class EmergingOptimizerEntry:
 
 
 def _kwargs_from_config(optimizer_cls: type, prefix: str, config: Any) -> dict[str, Any]:
-    """Constructor arguments out of a config: for each but ``params``, ``config.{prefix}_{name}`` if it is there, else
-    ``config.{name}`` if that is there, else none.
-    """
+    """Constructor arguments that the config has, without ``params``: ``config.{prefix}_{name}``, or else ``config.{name}``."""
     kwargs = {}
     for name in constructor_arguments(optimizer_cls):
         if name in ("self", "params"):
@@ -141,7 +139,10 @@ def _default_adam_based_eopt_config_to_kwargs(
 
 
 def from_config(eopt_name: str) -> ConfigToKwargs:
-    """For a class that has defaults of its own: ``lr``, ``weight_decay`` and what the config says of it under its name."""
+    """A function of (config, model_chunks, pg_collection) that returns the constructor arguments which the config has.
+
+    It is for a class whose defaults are its own: ``betas`` do not come from ``adam_beta1`` and ``adam_beta2``.
+    """
 
     def to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
         cls = entry_of(eopt_name).optimizer_cls
@@ -188,17 +189,17 @@ _OPTIMIZERS: dict[str, type | tuple[type, ConfigToKwargs | None]] = {
     "skew": Skew,
     "psgd_skew": Skew,
 }
-"""By name: a class; or a class and what makes its arguments of a config, where their names alone do not."""
+"""Name → class, or class and ``config_to_kwargs`` where the arguments cannot be read from the config by name alone."""
 
 
 def entry_for(name: str, cls: type, *config_to_kwargs: ConfigToKwargs | None, builder: type | None = None) -> Any:
-    """The entry of a class of which nothing is special: arguments by name, and no overrides where it takes every parameter.
+    """The default entry for a class: arguments by name, and overrides only if the class does not take every parameter.
 
     Args:
         name: Name in the registry.
-        cls: The optimizer class. Its attribute ``matrices_only`` says whether parameters that are no matrices must go to Adam;
-            a class without that attribute is taken to want matrices only.
-        config_to_kwargs: In place of arguments by name.
+        cls: The optimizer class. Its attribute ``matrices_only`` says whether parameters that are not matrices must go to
+            Adam; without that attribute they do.
+        config_to_kwargs: As in :class:`EmergingOptimizerEntry`; left out, arguments are read by name (:func:`from_config`).
         builder: Builder, as in :class:`EmergingOptimizerEntry`.
     """
     every_shape = getattr(cls, "matrices_only", True) is False
@@ -214,14 +215,14 @@ _EMERGING_OPTIMIZERS: dict[str, EmergingOptimizerEntry] = {
 
 
 def entry_of(name: str) -> EmergingOptimizerEntry:
-    """The entry called ``name``, in any case; of emerging-optimizers and of other packages' entry points, too.
+    """The entry called ``name``, in upper or lower case, also from emerging-optimizers and entry points of other packages.
 
     Raises:
         ValueError: for an unknown name; names the nearest.
     """
     name = name.lower()
     if name in LIBRARY and name not in _EMERGING_OPTIMIZERS:
-        # The second beta of their Lion is the decay of a mean of the gradient, not of its square.
+        # The second beta of emerging-optimizers' Lion is the decay of a mean of the gradient, not of its square.
         special = () if name == "eo_lion" else (None,)
         _EMERGING_OPTIMIZERS[name] = entry_for(name, library_optimizer(name), *special)
     if name not in _EMERGING_OPTIMIZERS:
@@ -234,12 +235,13 @@ def entry_of(name: str) -> EmergingOptimizerEntry:
 
 
 def register_optimizer(name: str, entry: EmergingOptimizerEntry | type | None = None) -> Any:
-    """Make ``entry`` available as ``name``, which becomes lower case.
+    """Register ``entry`` under ``name``, which becomes lower case.
 
     Args:
-        name: The name.
-        entry: An entry; or an optimizer class whose settings are the config's of the same names, or a builder
-            (:class:`.functional.builders.OptimizerBuilder`) whose ``optimizer_cls`` that is. None: a decorator for such a class.
+        name: Name in the registry.
+        entry: An entry; an optimizer class, whose arguments are read from the config by name; or a builder
+            (:class:`.functional.builders.OptimizerBuilder`) with such a class as its ``optimizer_cls``. None returns a
+            decorator for a class.
 
     Returns:
         ``entry``, or the decorator.
@@ -263,12 +265,12 @@ def register_optimizer(name: str, entry: EmergingOptimizerEntry | type | None = 
 
 
 def list_optimizers() -> tuple[str, ...]:
-    """All names, those of other packages' entry points included, in alphabetical order."""
+    """All registered names in alphabetical order, including entry points of other packages."""
     return tuple(sorted({*_EMERGING_OPTIMIZERS, *LIBRARY, *(point.name for point in entry_points(group=ENTRY_POINTS))}))
 
 
 _READS = {"adamw": ("adam",), "adaptive_muon": ("adaptive_muon", "muon")}
-"""Optimizers whose settings carry other names than their own."""
+"""Optimizer → prefixes of its settings, where these are not its own name alone."""
 
 
 def settings_of(name: str) -> dict[str, Setting]:
@@ -282,21 +284,21 @@ def settings_of(name: str) -> dict[str, Setting]:
 
 
 def takers_of(field: str) -> dict[str, Setting]:
-    """The optimizers that have the setting ``field``, and what each says of it; none where there is no such setting."""
-    # Some classes take seconds to import, so only those that the name may belong to are.
+    """Optimizer → its setting called ``field``, for the optimizers that have one."""
+    # Some classes take seconds to import, so only those whose prefix matches are imported.
     near = (n for n in list_optimizers() if any(field.startswith(f"{prefix}_") for prefix in _READS.get(n, (n,))))
     return {name: of_name[field] for name in near if field in (of_name := settings_of(name))}
 
 
 def all_settings() -> list[str]:
-    """The names of the settings of all registered optimizers; imports them all."""
+    """Names of the settings of all registered optimizers; imports all their classes."""
     return list(dict.fromkeys(field for name in list_optimizers() for field in settings_of(name)))
 
 
 def needs_l2(name: str, config: Any) -> bool:
     """Whether weight decay must be added to the gradients before they reach the optimizer called ``name``.
 
-    It must where ``config`` wants it so and the optimizer decays decoupled and has no argument that says otherwise.
+    It must if ``config`` asks for that and the optimizer has only decoupled decay and no argument to change it.
     """
     own = {"decoupled_weight_decay", "use_decoupled_weight_decay"} & constructor_arguments(
         entry_of(name).optimizer_cls

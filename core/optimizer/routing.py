@@ -1,4 +1,4 @@
-"""Which optimizer and settings each parameter of a model gets."""
+"""Routing: the choice of an optimizer and its settings for each parameter of a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from .steps.weight_decay import METHOD
 Overrides = Mapping[ParamKey, Mapping[str, Any]]
 
 Mask = Callable[[str, nn.Parameter], bool] | str | Sequence[str]
-"""Which parameters get weight decay: ``mask(name, param)``, or glob patterns of names (:func:`mask_overrides`)."""
+"""Selection of the parameters with weight decay: ``mask(name, param)``, or glob patterns of names (:func:`mask_overrides`)."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """One parameter and what was decided for it.
+    """One parameter with the optimizer and settings chosen for it.
 
     Attributes:
         name: Global name of the parameter.
@@ -45,15 +45,16 @@ def route(
     groups: ProcessGroupCollection,
     mask: Mask | None = None,
 ) -> list[Routed]:
-    """Decide for every parameter that requires a gradient.
+    """Choose an optimizer and settings for every parameter that requires a gradient.
 
-    ``overrides`` win over ``mask`` and that over ``defaults``, key by key; 1-D parameters get no weight decay unless one of
-    these says otherwise. Override keys: ``optimizer``; ``lr`` (or Megatron's ``max_lr``), ``min_lr``, ``lr_mult``,
-    ``wd_mult``, ``weight_decay``, ``weight_decay_method``; any other key is an argument that the optimizer keeps per group.
+    Setting by setting, ``overrides`` win over ``mask``, and ``mask`` over ``defaults``; 1-D parameters get no weight decay
+    unless one of these sets it. Settings of an override: ``optimizer``; ``lr`` (or Megatron's ``max_lr``), ``min_lr``,
+    ``lr_mult``, ``wd_mult``, ``weight_decay``, ``weight_decay_method``; any other is an argument that the optimizer keeps per
+    group.
 
     Raises:
-        ValueError: when two overrides disagree, or one, or a pattern of ``mask``, matches no parameter of any pipeline stage,
-            or names collide.
+        ValueError: when two overrides disagree, when an override or a pattern of ``mask`` matches no parameter of any pipeline
+            stage, or when names collide.
     """
     named = _named_parameters(model_chunks)
     masked, patterns = ({}, []) if mask is None else mask_overrides(mask)
@@ -69,7 +70,7 @@ def route(
 
 
 def param_groups(routed: Sequence[Routed]) -> list[dict[str, Any]]:
-    """Parameter groups, named, one for each distinct combination of settings."""
+    """Parameter groups with parameter names, one group for each distinct combination of settings."""
     by_settings: dict[tuple[tuple[str, Any], ...], list[tuple[str, nn.Parameter]]] = {}
     for r in routed:
         by_settings.setdefault(r.settings, []).append((r.name, r.param))
@@ -77,25 +78,26 @@ def param_groups(routed: Sequence[Routed]) -> list[dict[str, Any]]:
 
 
 def mask_overrides(mask: Mask) -> tuple[dict[ParamKey, dict[str, float]], list[ParamKey]]:
-    """``mask`` as overrides of parameter groups: ``wd_mult`` 1 where it holds, 0 elsewhere; and its patterns.
+    """``mask`` as overrides that set ``wd_mult`` to 1 where it holds and to 0 elsewhere; and keys of its patterns.
 
-    A pattern selects what is decayed, and one that begins with ``!`` what is not: ``("!*.bias", "!*norm*")`` decays all but
-    these. A parameter is decayed if none of the latter match and one of the former does, or there are none.
+    A pattern selects parameters to decay; a pattern that begins with ``!`` excludes parameters: ``("!*.bias", "!*norm*")``
+    decays all but these. A parameter is decayed if no excluding pattern matches it and a selecting one does; without
+    selecting patterns, all are selected.
     """
-    given = () if callable(mask) else (mask,) if isinstance(mask, str) else tuple(mask)
-    decayed = mask if callable(mask) else _by_patterns(given)
+    patterns = () if callable(mask) else (mask,) if isinstance(mask, str) else tuple(mask)
+    decayed = mask if callable(mask) else _by_patterns(patterns)
     yes = ParamWithNamePredicate("weight_decay_mask", lambda param, name: bool(decayed(name, param)))
     no = ParamWithNamePredicate("not weight_decay_mask", lambda param, name: not decayed(name, param))
     masked = {ParamKey(with_name_predicate=yes): {"wd_mult": 1.0}, ParamKey(with_name_predicate=no): {"wd_mult": 0.0}}
-    return masked, [ParamKey(name=pattern.removeprefix("!")) for pattern in given]
+    return masked, [ParamKey(name=pattern.removeprefix("!")) for pattern in patterns]
 
 
 SETTINGS = ("lr", "min_lr", "lr_mult", "wd_mult", "weight_decay", METHOD, "start_wd", "end_wd")
-"""Keys that any parameter group may have: schedules and Megatron's scheduler read them."""
+"""Keys that any parameter group may have, because schedules or Megatron's scheduler read them."""
 
 
 def check_settings(name: str, optimizer: Optimizer) -> None:
-    """Refuse group settings that the optimizer called ``name`` would ignore.
+    """Refuse group settings that ``optimizer``, registered as ``name``, would ignore.
 
     Raises:
         ValueError: names the setting, the first parameter it was meant for, and what is possible.
@@ -116,18 +118,18 @@ def _named_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Paramet
                     f"two model chunks have a parameter called {name!r}; names must be global (decoder.layers.7…, not "
                     f"numbered from 0 in every chunk), or checkpoints would mix them up."
                 )
-    # A weight that two chunks share goes by its first name.
+    # A weight that two chunks share keeps its first name.
     once = {id(param): (name, param) for name, param in reversed(named.items()) if param.requires_grad}
     return dict(reversed(once.values()))
 
 
-def _by_patterns(given: tuple[str, ...]) -> Callable[[str, nn.Parameter], bool]:
-    excluded = [pattern[1:] for pattern in given if pattern.startswith("!")]
-    selected = [pattern for pattern in given if not pattern.startswith("!")] or ["*"]
+def _by_patterns(patterns: tuple[str, ...]) -> Callable[[str, nn.Parameter], bool]:
+    excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    selected = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
 
     def decayed(name: str, param: nn.Parameter) -> bool:
-        matches = [any(fnmatchcase(name, pattern) for pattern in some) for some in (selected, excluded)]
-        return matches[0] and not matches[1]
+        is_selected, is_excluded = (any(fnmatchcase(name, pattern) for pattern in ps) for ps in (selected, excluded))
+        return is_selected and not is_excluded
 
     return decayed
 
@@ -154,8 +156,8 @@ def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> dict[str, 
 def _check_matches(
     named: Mapping[str, nn.Parameter], overrides: Sequence[ParamKey], groups: ProcessGroupCollection
 ) -> None:
-    here = [any(key.matches(param, name) for name, param in named.items()) for key in overrides]
-    stages = groups.domain((groups.axis("pp"),)).gather(here)
+    matches = [any(key.matches(param, name) for name, param in named.items()) for key in overrides]
+    stages = groups.domain((groups.axis("pp"),)).gather(matches)
     for key, *matched in zip(overrides, *stages, strict=True):
         if not any(matched):
             example = next(iter(named), "none")

@@ -1,4 +1,4 @@
-"""A step that is taken before all ranks know whether it may be, and is taken back where it may not."""
+"""A step that is taken before all ranks know whether it is valid, and undone if it is not."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,11 +12,11 @@ from .steps.global_clip import GlobalClip
 
 
 class SpeculativeStep:
-    """Takes a step of ``optimizer`` that :meth:`undo` can take back, bit for bit.
+    """Takes a step of ``optimizer`` that :meth:`undo` reverts, bit for bit.
 
-    Whether a step may be taken, and with gradients scaled by how much, depends on all ranks: the global norm, a gradient
-    that is not finite somewhere. A pipeline stage whose backward is done would wait for that. Instead it steps at once, as if
-    nothing were to be clipped, and does it over if it has to::
+    Whether a step is valid and how its gradients are clipped depends on all ranks, by the global norm. A pipeline stage whose
+    backward is done would have to wait for that norm. Instead it steps at once, as if nothing were clipped, and repeats the
+    step if that was wrong::
 
         ahead = SpeculativeStep(optimizer)
         ahead.step()                     # in the pipeline's bubble
@@ -25,22 +25,22 @@ class SpeculativeStep:
             ahead.undo()
             optimizer.step()
 
-    The forward pass that follows must not begin before that is settled. Memory: this rank's parameters and state once
-    more, from the first step on.
+    The next forward pass must not begin before the norm is known. From the first step on, this takes the memory of a second
+    copy of this rank's parameters and state.
 
     Args:
         optimizer: The optimizer of one pipeline stage.
 
     Raises:
-        ValueError: when its rule reduces over all stages, and some of them would not be there.
+        ValueError: when the optimizer itself scales by a norm over several stages.
     """
 
     def __init__(self, optimizer: ChainedOptimizer) -> None:
         for name, member in optimizer.members.items():
             if isinstance(member, GlobalClip) and member.max_norm is not None and _stages(optimizer) > 1:
                 raise ValueError(
-                    f"{name} itself scales by a norm over all pipeline stages (max_norm={member.max_norm}), so none can step "
-                    f"before the others. Give it no norm of its own (max_norm None), and clip gradients instead."
+                    f"{name} itself scales by a norm over all pipeline stages (max_norm={member.max_norm}), so no stage can "
+                    f"step before the others. Turn that norm off (max_norm None) and clip gradients instead."
                 )
         self._optimizer = optimizer
         self._copies: list[Tensor] = []
@@ -60,8 +60,8 @@ class SpeculativeStep:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Make parameters, state and settings those from before :meth:`step`; gradients are left alone."""
-        assert self._taken, "there is no step to take back"
+        """Restore parameters, state and settings from before :meth:`step`, in place; gradients are left alone."""
+        assert self._taken, "there is no step to undo"
         for copy, x in zip(self._copies, self._tensors(), strict=True):
             x.copy_(copy)
         for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
@@ -69,7 +69,7 @@ class SpeculativeStep:
         self._taken = False
 
     def _tensors(self) -> Iterable[Tensor]:
-        """This rank's shards of all that a step may change."""
+        """This rank's shards of all tensors that a step may change."""
         for group in self._optimizer.param_groups:
             for p in group["params"]:
                 yield local(p)
