@@ -1,1 +1,1 @@
-"""Optimizers as functions of dicts of tensors, and what is built of them."""
+"""Optimizers as functions of dicts of tensors, with builders, wrappers and steps for pipeline stages."""

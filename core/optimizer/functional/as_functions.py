@@ -17,20 +17,20 @@ Tensors = Mapping[str, Tensor]
 """Parameter name → tensor: this rank's shard with Megatron's attributes, or a DTensor."""
 
 Gradients = Mapping[str, Tensor | None]
-"""Parameter name → gradient, laid out as the parameter; a name that is missing is as None."""
+"""Parameter name → gradient, laid out like the parameter; a missing name means None."""
 
 Schedule = Callable[[int], float | Tensor]
 """Number of finished steps → learning rate."""
 
 NoneGrads = Literal["zero", "skip"]
-"""What a gradient that is None stands for: zeros, or leave the parameter and its state alone, as ``step()`` does."""
+"""Meaning of a gradient that is None: ``zero`` takes it as zeros; ``skip`` leaves parameter and state alone, as ``step()``."""
 
 
 class OptimizerState(NamedTuple):
-    """What a :class:`FunctionalOptimizer` keeps between steps.
+    """State of a :class:`FunctionalOptimizer` between steps.
 
     Attributes:
-        step: Finished steps.
+        step: Number of finished steps.
         slots: Parameter name → state name → tensor, as in ``optimizer.state``.
     """
 
@@ -39,17 +39,18 @@ class OptimizerState(NamedTuple):
 
 
 class FunctionalOptimizer:
-    """The ``step()`` of a ``torch.optim.Optimizer`` as a function, by running that ``step()`` on parameters of its own.
+    """The ``step()`` of a ``torch.optim.Optimizer`` as a function, which runs that ``step()`` on its own parameters.
 
-    So there is no second rule: results are those of the class, bit for bit. The optimizer is made at the first call, of
-    the names, shapes and attributes (``tensor_model_parallel``, ``shared``, …) of the parameters given then.
+    Results are therefore those of the class, bit for bit. The optimizer is built at the first call, for the names, shapes and
+    attributes (``tensor_model_parallel``, ``shared``, …) of the parameters passed to that call.
 
     Args:
-        make: Makes the optimizer of named parameters.
-        schedule: Learning rate by number of finished steps; None: the optimizer's own.
-        lr: Learning rate that ``make`` gives; groups that have another keep its ratio to this one under a schedule.
-        donate: Update the tensors that are passed in place and return them, without copies when they are those of the call
-            before. Otherwise nothing that is passed changes, which takes this rank's parameters and state twice more.
+        make: Builds the optimizer for named parameters.
+        schedule: Learning rate by number of finished steps; None keeps the optimizer's own.
+        lr: Learning rate in the optimizer that ``make`` builds. Under a schedule, a group with another learning rate keeps its
+            ratio to this one.
+        donate: Update the passed tensors in place and return them, without copies if the call before returned them. Otherwise
+            passed tensors do not change, which takes the memory of two more copies of this rank's parameters and state.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class FunctionalOptimizer:
         """State before the first step.
 
         ``params`` change where the optimizer's constructor changes its parameters (``sinkhorn_muon`` normalizes them).
-        Communicates as that constructor does.
+        This communicates whenever the constructor does.
         """
         self._key = None
         self._bind(params)
@@ -84,9 +85,9 @@ class FunctionalOptimizer:
     def update(
         self, grads: Gradients, state: OptimizerState, params: Tensors
     ) -> tuple[dict[str, Tensor], OptimizerState]:
-        """:meth:`apply` with the schedule and torch's convention for gradients that are None.
+        """:meth:`apply` with the schedule, and with torch's convention for gradients that are None (``skip``).
 
-        Returns the new parameters, not what to add to the old ones: the sum would be rounded once more.
+        Returns the new parameters and not a difference, because adding a difference would round once more.
         """
         return self.apply(params, grads, state, none_grads="skip")
 
@@ -100,21 +101,21 @@ class FunctionalOptimizer:
         learning_rate_fn: Schedule | None = None,
         none_grads: NoneGrads = "zero",
     ) -> tuple[dict[str, Tensor], OptimizerState]:
-        """One step.
+        """Take one step.
 
         Args:
             params: Parameters.
             grads: Gradients; not changed.
-            state: State of :meth:`init` or of the step before.
-            learning_rate_fn: In place of the schedule.
-            none_grads: What None stands for among ``grads``.
+            state: State from :meth:`init` or from the step before.
+            learning_rate_fn: Learning rate by number of finished steps, in place of the schedule.
+            none_grads: Meaning of None among ``grads``.
 
         Returns:
-            New parameters and state; with ``donate`` the tensors that were passed, updated.
+            New parameters and state; with ``donate`` the passed tensors, updated in place.
 
         Raises:
-            ValueError: for a gradient without a parameter, or of another shape or dtype. Nothing was changed.
-            NotImplementedError: for a state that this optimizer did not make. Nothing was changed.
+            ValueError: for a gradient without a parameter, or of another shape or dtype; nothing is changed then.
+            NotImplementedError: for a state that this optimizer did not make; nothing is changed then.
         """
         choice("none_grads", none_grads, ("zero", "skip"))
         _check_gradients(params, grads)
@@ -144,7 +145,7 @@ class FunctionalOptimizer:
         return dict(params), OptimizerState(state.step + 1, state.slots)
 
     def _bind(self, params: Tensors) -> None:
-        """Make the optimizer, unless there is one for such parameters."""
+        """Build the optimizer, unless the present one is for such parameters."""
         key = [
             (k, p.shape, p.dtype, p.device, p.placements if isinstance(p, DTensor) else ()) for k, p in params.items()
         ]
@@ -175,29 +176,30 @@ class FunctionalOptimizer:
                 f"the state is a {type(state).__name__}, not an OptimizerState; make it with init(params) of this optimizer."
             )
         for name, p in self._params.items() if self._declares else ():
-            kept, given = _shapes(self._optimizer.state[p]), _shapes(state.slots.get(name, {}))
-            if kept != given:
+            expected, passed = _shapes(self._optimizer.state[p]), _shapes(state.slots.get(name, {}))
+            if expected != passed:
                 raise NotImplementedError(
-                    f"{name}: the state has {given}, but this optimizer keeps {kept} here; make it with init(params), or "
+                    f"{name}: the state has {passed}, but this optimizer keeps {expected} here; make it with init(params), or "
                     f"reshard it first."
                 )
 
     def _put_state(self, state: OptimizerState) -> None:
         for name, p in self._params.items():
-            kept, given = self._optimizer.state[p], state.slots.get(name, {})
-            if not self._declares:  # of another library, which makes state when it likes
+            kept, slots = self._optimizer.state[p], state.slots.get(name, {})
+            if not self._declares:  # an optimizer of another library, which may make state at any time
                 kept.clear()
-                kept.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()})
+                kept.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in slots.items()})
                 continue
-            for slot, value in given.items():
+            for slot, value in slots.items():
                 _put(local(kept[slot]), local(value))
 
-    def _give_back(self, given: dict[str, Any], kept: dict[str, Any]) -> None:
+    def _give_back(self, slots: dict[str, Any], kept: dict[str, Any]) -> None:
+        """Put the optimizer's state ``kept`` into the donated ``slots``, in place."""
         for slot, value in kept.items():
             if self._declares:
-                _put(local(given[slot]), local(value))
+                _put(local(slots[slot]), local(value))
             else:
-                given[slot] = value
+                slots[slot] = value
 
 
 def as_parameter(p: Tensor, *, copy: bool) -> nn.Parameter:

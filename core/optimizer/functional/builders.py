@@ -1,4 +1,4 @@
-"""Builders: settings and a schedule in, a functional optimizer out, with a step for pipeline stages."""
+"""Builders, which make a functional optimizer with a step for pipeline stages out of settings and a schedule."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,11 +26,11 @@ from .transformations import Accumulated, Clipped, Transformation, optimizer_of
 __all__ = ["OptimizerBuilder", "RegistryBuilder", "make_transformation", "register_optimizer"]
 
 EXTRA = ("none_grads",)
-"""What ``build_mpmd`` of the registry's optimizers takes besides the fields of the metadata."""
+"""Arguments of ``RegistryBuilder.build_mpmd`` besides the fields of the metadata."""
 
 
 class OptimizerBuilder:
-    """What is registered to make an optimizer in a way of its own::
+    """Base of builders; register a subclass to build an optimizer in another way than :class:`RegistryBuilder`::
 
         @register_optimizer("mine")
         class MineBuilder(OptimizerBuilder):
@@ -42,7 +42,7 @@ class OptimizerBuilder:
         config: Settings; its ``optimizer`` is the registered name.
 
     Attributes:
-        optimizer_cls: The ``torch.optim.Optimizer`` class that ``get_optimizer`` makes under this name.
+        optimizer_cls: The ``torch.optim.Optimizer`` class that ``get_optimizer`` builds for this name.
     """
 
     optimizer_cls: ClassVar[type[Optimizer] | None] = None
@@ -51,10 +51,10 @@ class OptimizerBuilder:
         self.config = config
 
     def validate(self) -> None:
-        """Raise ValueError for settings that make no sense."""
+        """Raise ValueError for invalid settings."""
 
     def build(self, scheduler: Schedule) -> Transformation:
-        """The optimizer alone, without clipping or accumulation.
+        """Build the optimizer alone, without clipping or accumulation.
 
         Args:
             scheduler: Number of finished steps → learning rate.
@@ -64,12 +64,12 @@ class OptimizerBuilder:
     def build_mpmd(
         self, scheduler: Schedule, *, optimizer: Transformation, **tx_kwargs: Any
     ) -> StageLocalGradientTransformation:
-        """``optimizer`` with a step for pipeline stages.
+        """Give ``optimizer`` a step for pipeline stages.
 
         Args:
             scheduler: The schedule, as for :meth:`build`.
-            optimizer: What :meth:`build` made, with what was put around it.
-            tx_kwargs: ``weight_decay``, ``weight_decay_mask``, ``gradient_accumulation_steps``, ``clip_grad``, and others.
+            optimizer: The result of :meth:`build`, possibly wrapped for clipping and accumulation.
+            tx_kwargs: ``weight_decay``, ``weight_decay_mask``, ``gradient_accumulation_steps``, ``clip_grad`` and others.
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not implement build_mpmd(...); override it to step pipeline stages one by one."
@@ -80,10 +80,10 @@ class RegistryBuilder(OptimizerBuilder):
     """The builder of every optimizer in the registry.
 
     Args:
-        config: Names the optimizer and its settings. Its ``lr`` is what learning rates of parameter groups are relative to
-            under a schedule; None: 1.
-        pg_collection: Process groups, as of ``get_optimizer``; ``init`` communicates over them, a step only where the
-            optimizer does, or to clip.
+        config: Optimizer name and settings. Under a schedule, learning rates of parameter groups keep their ratio to its
+            ``lr``; None means 1.
+        pg_collection: Process groups, as for ``get_optimizer``; ``init`` communicates over them, and a step only if the
+            optimizer or the clipping does.
         param_overrides: Overrides, as for ``get_optimizer``.
         weight_decay_mask: Mask, as for ``get_optimizer``.
         donate: Whether tensors are reused, as for :class:`FunctionalOptimizer`.
@@ -104,12 +104,12 @@ class RegistryBuilder(OptimizerBuilder):
         self._donate = donate
 
     def validate(self) -> None:
-        """Raise ValueError for an unknown optimizer, or settings that its constructor refuses."""
+        """Raise ValueError for an unknown optimizer, or for settings that its constructor refuses."""
         probe = nn.Parameter(torch.empty(1024, 1024, device="meta"))
         get_optimizer(self.config, [_Named({"probe": probe})])
 
     def build(self, scheduler: Schedule) -> FunctionalOptimizer:
-        """As in the base class; weight decay is part of the optimizer, by parameter group."""
+        """As in the base class; the optimizer includes weight decay, by parameter group."""
         return self._functional(scheduler, self.config, self._mask)
 
     def build_mpmd(
@@ -117,11 +117,11 @@ class RegistryBuilder(OptimizerBuilder):
     ) -> StageLocalGradientTransformation:
         """As in the base class.
 
-        A ``weight_decay`` or ``weight_decay_mask`` other than those of the builder count on the stage-local path alone:
-        ``optimizer.update`` is what was given. Else ``none_grads`` is taken (:data:`.functional.NoneGrads`).
+        A ``weight_decay`` or ``weight_decay_mask`` that differs from the builder's affects only the stage-local step;
+        ``optimizer.update`` stays as it is. One more argument is ``none_grads`` (:data:`.as_functions.NoneGrads`).
 
         Raises:
-            ValueError: for an argument that means nothing here.
+            ValueError: for an unknown argument.
             NotImplementedError: when ``optimizer`` was not made by :meth:`build`.
         """
         known = ("weight_decay", "weight_decay_mask", "gradient_accumulation_steps", "clip_grad")
@@ -174,23 +174,23 @@ def make_transformation(
 ) -> StageLocalGradientTransformation:
     """The optimizer that ``config`` names, as functions, with a step for pipeline stages.
 
-    ``update`` takes the mean of ``gradient_accumulation_steps`` calls, clips it, and steps, weight decay included;
-    ``apply_gradients_stage_local`` clips and steps.
+    ``update`` averages the gradients of ``gradient_accumulation_steps`` calls, clips the mean and steps, including weight
+    decay; ``apply_gradients_stage_local`` clips and steps.
 
     Args:
-        config: Names the optimizer and its settings.
+        config: Optimizer name and settings.
         scheduler: Number of finished steps → learning rate.
-        weight_decay: In place of ``config.weight_decay``.
-        weight_decay_mask: Which parameters are decayed, as of ``get_optimizer``.
-        gradient_accumulation_steps: Micro-steps a step; a stage-local step raises when there are several.
+        weight_decay: Coefficient that replaces ``config.weight_decay``; None keeps that one.
+        weight_decay_mask: Parameters to decay, as for ``get_optimizer``.
+        gradient_accumulation_steps: Micro-steps per step; a stage-local step raises if there are several.
         clip_grad: Largest global norm of the gradients; None or 0: no clipping.
         pg_collection: Process groups of the model.
         param_overrides: Overrides, as for ``get_optimizer``.
         donate: Whether tensors are reused, as for :class:`FunctionalOptimizer`.
-        extra_kwargs: For the builder's ``build_mpmd``.
+        extra_kwargs: Further arguments of the builder's ``build_mpmd``.
 
     Raises:
-        ValueError: for settings that make no sense.
+        ValueError: for invalid settings.
     """
     groups = _collection(pg_collection)
     if weight_decay is not None:
@@ -229,18 +229,18 @@ def make_transformation(
         )
 
 
-def _collection(given: Any) -> ProcessGroupCollection:
-    """Once, because it holds on to the joint groups that were made of its axes."""
-    return ProcessGroupCollection() if given is None else ProcessGroupCollection.from_any(given)
+def _collection(pg_collection: Any) -> ProcessGroupCollection:
+    """Convert process groups; call it once per optimizer, because the result keeps the joint groups made of its axes."""
+    return ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
 
 
 class _Named(nn.Module):
-    """Parameters under names that a module could not have registered them by."""
+    """A module whose parameters have arbitrary names, also such as torch does not allow for registered ones."""
 
     def __init__(self, params: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self._named: Sequence[tuple[str, nn.Parameter]] = list(params.items())
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """All of them."""
+        """All parameters with their names."""
         return iter(self._named)

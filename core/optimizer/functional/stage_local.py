@@ -1,4 +1,4 @@
-"""Steps of one pipeline stage's parameters, which wait for no other stage, but for the clip norm."""
+"""Steps of the parameters of one pipeline stage; they wait for other stages only to measure a clip norm."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,24 +17,22 @@ ApplyFn = Callable[..., tuple[dict[str, Tensor], Any]]
 
 @dataclass(frozen=True)
 class StageLocalOptimizerMetadata:
-    """What a stage-local step has to know of the optimizer it belongs to.
-
-    The fields are those of eFormer, so that its builders find them.
+    """Settings that a stage-local step needs. The field names are eFormer's, so that builders written for it find them.
 
     Attributes:
         scheduler: Number of finished steps → learning rate, unless a call has a ``learning_rate_fn``.
         weight_decay: Coefficient of weight decay.
-        weight_decay_mask: Which parameters are decayed; None: those that the optimizer decays by itself.
-        gradient_accumulation_steps: Micro-steps a step; only 1 is possible here.
+        weight_decay_mask: Parameters to decay; None for the optimizer's own choice.
+        gradient_accumulation_steps: Micro-steps per step; only 1 is possible here.
         clip_grad: Largest global norm of the gradients of all stages; None or 0: no clipping, no communication.
-        adamw_b1: β1 of Adam and AdamW; like what follows, None for other optimizers.
+        adamw_b1: β1 of Adam and AdamW; this and the next three fields are None for other optimizers.
         adamw_b2: β2.
         adamw_eps: ε outside of the root.
         adamw_eps_root: ε inside of the root.
         adamw_mu_dtype: Dtype of the stored first moment; None: the parameter's, but at least float32.
         optimizer_config: All settings of the optimizer.
-        extra_kwargs: What else was given; optimizers of the registry know ``none_grads`` (:data:`~.functional.NoneGrads`,
-            default ``zero``) and ``pg_collection``, the groups that the clip norm is summed over.
+        extra_kwargs: Further settings; optimizers of the registry read ``none_grads`` (:data:`~.as_functions.NoneGrads`,
+            default ``zero``) and ``pg_collection``, the process groups that the clip norm is summed over.
     """
 
     scheduler: Schedule
@@ -52,12 +50,12 @@ class StageLocalOptimizerMetadata:
 
 
 class StageLocalGradientTransformation:
-    """A transformation with a step of its own for pipeline stages.
+    """A transformation that also has a step for a single pipeline stage.
 
     Attributes:
-        init: ``init(params)``, of the transformation.
-        update: ``update(grads, state, params)``, of the transformation.
-        metadata: What was given for the stage-local step.
+        init: ``init(params)`` of the transformation.
+        update: ``update(grads, state, params)`` of the transformation.
+        metadata: Settings of the stage-local step; None if it has none.
     """
 
     def __init__(
@@ -75,16 +73,16 @@ class StageLocalGradientTransformation:
         learning_rate_fn: Schedule | None = None,
         delete_grads: bool = False,
     ) -> tuple[dict[str, Tensor], Any]:
-        """One step of this stage's parameters.
+        """Take one step of this stage's parameters.
 
-        With clipping, all ranks of the model call it together, and sum one number; nothing else crosses stages.
+        With clipping, all ranks of the model must call this together; they sum one number, and nothing else crosses stages.
 
         Args:
-            params: This stage's parameters by name; they stay as they are, unless the optimizer takes donations.
-            grads: Their gradients. None stands for zeros, unless the optimizer was told to skip it.
-            opt_state: State of ``init`` or of the step before.
+            params: Parameters of this stage by name; they change only if the optimizer has ``donate``.
+            grads: Gradients of the parameters. None means zeros, unless ``none_grads`` is ``skip``.
+            opt_state: State from ``init`` or from the step before.
             learning_rate_fn: Number of finished steps → learning rate, in place of the optimizer's schedule.
-            delete_grads: Give the gradients' memory back, as far as nothing else lives in it; they must not be used again.
+            delete_grads: Free the memory of gradients that share it with nothing else; they must not be used again.
 
         Returns:
             New parameters and state.
@@ -108,15 +106,15 @@ class StageLocalGradientTransformation:
 def make_stage_local_gradient_transformation(
     tx: Transformation, metadata: StageLocalOptimizerMetadata | None = None, apply_fn: ApplyFn | None = None
 ) -> StageLocalGradientTransformation:
-    """``tx`` with ``apply_fn`` as its stage-local step.
+    """Add ``apply_fn`` to ``tx`` as its stage-local step.
 
     Args:
-        tx: The functional optimizer; its ``init`` and ``update`` stay what they are.
-        metadata: Passed to ``apply_fn`` as ``metadata=``; its ``clip_grad`` is seen to before ``apply_fn`` gets the gradients.
+        tx: The functional optimizer; its ``init`` and ``update`` do not change.
+        metadata: Passed to ``apply_fn`` as ``metadata=``; gradients are clipped to its ``clip_grad`` before ``apply_fn``.
         apply_fn: The step; see :data:`ApplyFn`.
 
     Raises:
-        ValueError: without ``apply_fn``.
+        ValueError: if ``apply_fn`` is None.
     """
     if apply_fn is None:
         raise ValueError("apply_fn is None; give the stage-local step of the optimizer.")
@@ -128,12 +126,12 @@ def make_stage_local_gradient_transformation(
 def make_unsupported_stage_local_gradient_transformation(
     tx: Transformation, *, optimizer_type: str, reason: str | None = None
 ) -> StageLocalGradientTransformation:
-    """``tx``, whose stage-local step raises NotImplementedError and says what to do.
+    """Add to ``tx`` a stage-local step that raises NotImplementedError and says what to do.
 
     Args:
-        tx: The functional optimizer; its ``init`` and ``update`` work as they did.
+        tx: The functional optimizer; its ``init`` and ``update`` do not change.
         optimizer_type: Name of the optimizer, for the error.
-        reason: Ends the error.
+        reason: Last sentence of the error; None for no reason.
     """
     because = f" Reason: {reason}" if reason else ""
 
@@ -147,7 +145,7 @@ def make_unsupported_stage_local_gradient_transformation(
 
 
 def stage_local_step(optimizer: FunctionalOptimizer) -> ApplyFn:
-    """The stage-local step of an optimizer of the registry: that of its class, on the parameters of the stage."""
+    """The stage-local step of an optimizer of the registry: the step of its class on the parameters of the stage."""
 
     def apply(
         *,

@@ -1,4 +1,4 @@
-"""What stands around a functional optimizer: clipping, and the mean of several micro-steps."""
+"""Wrappers of a functional optimizer: clipping, and averaging over several micro-steps."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -27,12 +27,12 @@ class Transformation(Protocol):
 
 
 class Clipped:
-    """``inner``, of gradients that were clipped by their global norm. State is that of ``inner``.
+    """``inner`` with gradients clipped by their global norm; the state is that of ``inner``.
 
     Args:
         inner: The optimizer.
         max_norm: Largest norm.
-        groups: Process groups of the model, all of whose ranks call :meth:`update` together.
+        groups: Process groups of the model; all their ranks must call :meth:`update` together.
     """
 
     def __init__(self, inner: Transformation, max_norm: float, groups: ProcessGroupCollection) -> None:
@@ -53,8 +53,8 @@ class AccumulationState(NamedTuple):
     """State of :class:`Accumulated`.
 
     Attributes:
-        micro: Micro-steps since the last step.
-        sums: Parameter name → sum of their gradients, in float32 at least; without those that had none.
+        micro: Number of micro-steps since the last step.
+        sums: Parameter name → sum of its gradients since then, in float32 at least; no entry if there was no gradient.
         inner: State of the optimizer.
     """
 
@@ -64,9 +64,9 @@ class AccumulationState(NamedTuple):
 
 
 class Accumulated:
-    """``inner``, once every ``steps`` calls, with the mean of their gradients; None counts as zeros in it.
+    """``inner``, run once every ``steps`` calls with the mean of their gradients, in which None counts as zeros.
 
-    The calls between return the parameters as they are. A parameter that had no gradient in any of the calls has none.
+    The other calls return the parameters unchanged. A parameter without a gradient in all of the calls has no mean.
 
     Args:
         inner: The optimizer.
@@ -103,17 +103,17 @@ class Accumulated:
 def clipped(
     params: Tensors, grads: Gradients, max_norm: float, groups: ProcessGroupCollection, *, in_place: bool = False
 ) -> Gradients:
-    """``grads`` scaled so that their global norm is at most ``max_norm``; see :func:`.clip.clip_grad_norm_`.
+    """Scale ``grads`` so that their global norm is at most ``max_norm``; see :func:`.clip.clip_grad_norm_`.
 
     Args:
         params: Parameters of this rank, by name, with their attributes.
         grads: Gradients of the parameters; None does not count.
         max_norm: Largest norm.
-        groups: Process groups of the model; all its ranks call this together, also one without gradients.
-        in_place: Scale the gradients themselves.
+        groups: Process groups of the model; all their ranks must call this together, also those without gradients.
+        in_place: Whether to scale the gradients themselves.
 
     Returns:
-        ``grads``, or new tensors.
+        ``grads`` if nothing is scaled, else scaled gradients: the same tensors with ``in_place``, new ones otherwise.
 
     Raises:
         NonFiniteGradientError: on every rank, when the norm is not finite; nothing was changed.
@@ -122,7 +122,7 @@ def clipped(
     _, factor = norm_and_factor(entries, max_norm, groups)
     if factor == 1:
         return grads
-    # From the alias: the norm may have needed a gradient placed as the parameter is.
+    # The alias has the gradient that the norm was measured on, which is placed like its parameter.
     return {
         name: None if alias.grad is None else alias.grad.mul_(factor) if in_place else alias.grad.mul(factor)
         for name, alias, _ in entries
@@ -130,7 +130,7 @@ def clipped(
 
 
 def _entries(params: Tensors, grads: Gradients, groups: ProcessGroupCollection) -> list[Entry]:
-    """``params`` with ``grads``, as the norm wants them, without touching their ``.grad``."""
+    """``params`` with ``grads`` in the form that the norm takes; aliases keep the ``.grad`` of ``params`` unchanged."""
     entries: list[Entry] = []
     for name, p in params.items():
         alias, g = as_parameter(p, copy=False), grads.get(name)
@@ -140,7 +140,7 @@ def _entries(params: Tensors, grads: Gradients, groups: ProcessGroupCollection) 
 
 
 def free(params: Tensors, grads: Mapping[str, Tensor | None]) -> None:
-    """Give back the memory of ``grads``, where nothing else lives in it; a ``.grad`` of ``params`` that is one of them goes.
+    """Free the memory of ``grads`` that share it with nothing else, and set a ``.grad`` of ``params`` that uses it to None.
 
     A gradient that is a view of a larger buffer, as in Megatron-Core, keeps its memory.
     """
@@ -156,7 +156,7 @@ def free(params: Tensors, grads: Mapping[str, Tensor | None]) -> None:
 
 
 def optimizer_of(tx: Any) -> FunctionalOptimizer | None:
-    """The functional optimizer within ``tx``; None where there is none."""
+    """The functional optimizer inside ``tx``; None if there is none."""
     while not isinstance(tx, FunctionalOptimizer) and hasattr(tx, "inner"):
         tx = tx.inner
     return tx if isinstance(tx, FunctionalOptimizer) else None
