@@ -1,1 +1,1 @@
-"""The rules of the optimizers: one family a file, each written like its paper. None of them communicates."""
+"""The rules of the optimizers, one family per file, each written like its paper. No rule communicates by itself."""

@@ -1,4 +1,4 @@
-"""Adafactor as optax, torch and Forgather have it: one rule, three sets of conventions."""
+"""Adafactor with the conventions of optax, torch or Forgather: one rule with three sets of defaults."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -90,7 +90,7 @@ class Adafactor(StackedStep):
         lr: Learning rate; None for the variant's.
         variant: ``optax``, ``torch`` or ``forgather``.
         decay_rate: Exponent of the second moment's decay, ≥ 0.
-        decay_offset: Steps before which the decay counts from 1 again, ≥ 0.
+        decay_offset: Number of steps before the decay begins to count, ≥ 0.
         beta2_cap: Largest decay, in [0, 1]; None for the variant's.
         eps: Regularizes V, > 0; None for the variant's.
         min_scale: Least scale of a parameter, ≥ 0.
@@ -101,9 +101,9 @@ class Adafactor(StackedStep):
         min_dim_size_to_factor: Least whole size of every factored dim; a tensor with a smaller one keeps ``v``. None for
             the variant's.
         momentum: Decay of a running mean of the finished update, in [0, 1); None for none.
-        dtype_momentum: Its dtype; None for the parameter's, but at least float32.
+        dtype_momentum: Dtype of that running mean; None for the parameter's, but at least float32.
         weight_decay: Coefficient, ≥ 0; None for the variant's.
-        weight_decay_rate: Share of p that every step takes off, whatever lr is, as optax means it; ≥ 0.
+        weight_decay_rate: Share of p that every step subtracts, independent of lr, as in optax; ≥ 0.
         pg_collection: Process groups of the parameters.
 
     Raises:
@@ -135,7 +135,7 @@ class Adafactor(StackedStep):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         choice("variant", variant, get_args(Variant))
-        given = {
+        arguments = {
             "lr": lr,
             "weight_decay": weight_decay,
             "beta2_cap": beta2_cap,
@@ -143,7 +143,7 @@ class Adafactor(StackedStep):
             "multiply_by_parameter_scale": multiply_by_parameter_scale,
             "min_dim_size_to_factor": min_dim_size_to_factor,
         }
-        defaults = _DEFAULTS[variant] | {name: value for name, value in given.items() if value is not None}
+        defaults = _DEFAULTS[variant] | {name: value for name, value in arguments.items() if value is not None}
         for name in ("lr", "weight_decay", "beta2_cap", "min_dim_size_to_factor"):
             non_negative(name, float(defaults[name]))
         non_negative("decay_rate", decay_rate)
@@ -226,20 +226,20 @@ class Adafactor(StackedStep):
         return p
 
     def _excess(self, scaling: Scaling, g: Tensor, lay: Layout, group: Mapping[str, Any]) -> Rule:
-        """What to divide u by: how far its RMS is above the threshold."""
+        """Divisor of u: the ratio of its RMS to the threshold, at least 1."""
         if group["clip_threshold"] is None:
             return 1.0
         return ((yield scaling.rms(g, lay)) / group["clip_threshold"]).clamp_min(1)
 
     def _scale(self, p: Tensor, lay: Layout, group: Mapping[str, Any]) -> Rule:
-        """What the learning rate is relative to."""
+        """Factor of the learning rate: the RMS of the parameter, at least ``min_scale``, or 1 without parameter scale."""
         if not group["multiply_by_parameter_scale"]:
             return 1.0
         return (yield rms([p], lay)).clamp_min(group["min_scale"])
 
 
 class AdafactorSR(Adafactor):
-    """:class:`Adafactor` with Forgather's conventions, and its names of the arguments.
+    """:class:`Adafactor` with Forgather's conventions and argument names.
 
     Args:
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
@@ -297,7 +297,7 @@ class AdafactorSR(Adafactor):
         )
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """Algorithm 4, then the rounding of what is stored."""
+        """Algorithm 4, then rounding of the stored parameters."""
         return self._rounded if self.bf16_stochastic_round else self._step
 
     def _rounded(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:

@@ -1,4 +1,4 @@
-"""Adam and its kin: torch's fused kernels where they serve, on shards."""
+"""Adam, AdamW and RAdam on shards, with torch's fused kernels where these have the rule."""
 
 import math
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ class Adam(ElementwiseStep):
         )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
-        """``exp_avg``, ``exp_avg_sq`` like the parameter; ``step`` a scalar, where the kernel reads it."""
+        """``exp_avg``, ``exp_avg_sq`` like the parameter; ``step`` a scalar, on the device if the fused kernel reads it."""
         return {
             "step": StateSpec("", dtype=torch.float32, host=not self.one_pass(group)),
             "exp_avg": StateSpec("*", dtype=MU_DTYPES[group["mu_dtype"]]),
@@ -75,7 +75,7 @@ class Adam(ElementwiseStep):
         }
 
     def one_pass(self, group: Mapping[str, Any]) -> bool:
-        """Whether torch's fused kernel has this rule."""
+        """Whether torch's fused kernel implements the rule with these settings."""
         return bool(group["correct_bias"] and not group["eps_root"] and group["mu_dtype"] is None)
 
     def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:

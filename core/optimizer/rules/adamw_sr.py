@@ -70,7 +70,7 @@ class AdamWSR(ElementwiseStep):
         )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
-        """``exp_avg``, ``exp_avg_sq`` like the parameter, also in dtype; ``step`` a scalar."""
+        """``exp_avg``, ``exp_avg_sq`` with the parameter's shape and dtype; ``step`` a scalar."""
         like = StateSpec("*", narrow=True)
         return {"step": StateSpec("", dtype=torch.float32, host=True), "exp_avg": like, "exp_avg_sq": like}
 
@@ -91,7 +91,7 @@ class AdamWSR(ElementwiseStep):
         if not group["bf16_stochastic_round"] or local(params[0]).dtype != torch.bfloat16:
             super()._step(params, group)
             return
-        # One at a time, so that only one is held in float32.
+        # One parameter at a time, so that only one is held in float32.
         for p in params:
             state = self.state[p]
             stored = [local(p), local(state["exp_avg"]), local(state["exp_avg_sq"])]

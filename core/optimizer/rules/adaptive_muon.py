@@ -26,11 +26,11 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
     Args:
         moment2_method: ``adamuon`` (elementwise), ``normuon`` (per index of the longer side) or ``namo`` (one number).
         beta2: Decay of the second moment, in [0, 1).
-        eps: Added to, or smallest value of, what is divided by.
-        align_rms: Bring the update of ``adamuon`` to the size of Muon's, so that Muon's learning rates fit. Otherwise it is,
-            as in emerging-optimizers and Megatron-Core, larger by about the root of the longer side.
+        eps: Added to the denominator, or its smallest value.
+        align_rms: Scale the update of ``adamuon`` to the size of Muon's, so that Muon's learning rates fit. Without it, as in
+            emerging-optimizers and Megatron-Core, the update is larger by about the square root of the longer side.
 
-    The second moment is of the unscaled direction, and the scale is applied once, after it.
+    The second moment is taken of the unscaled direction; the scale is applied once, afterwards.
     """
 
     def __init__(

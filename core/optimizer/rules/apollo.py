@@ -39,7 +39,7 @@ class Apollo(StackedStep):
         scale: Factor of the update, under a root.
         scale_front: Limit the norm after the scale instead of before it.
         update_steps: Steps between projections, at least 1.
-        mini: One factor for the whole matrix, not one for each channel.
+        mini: Whether one factor is used for the whole matrix, and not one for each channel.
         projector: ``normal`` or ``orthogonal``: random; no state. ``online_pca``: fitted to the gradient; kept as state.
         pca_orthonormalize: What online PCA does to P after each of its steps: ``qr``, ``norm`` of the columns, or ``none``.
             ``none`` oscillates where one direction holds more than half of the gradient's energy, and then amplifies
@@ -49,7 +49,7 @@ class Apollo(StackedStep):
         decay_after: Decay the new weights, as the authors' code does, instead of the old ones.
         pg_collection: Process groups; needed when plain tensors are sharded.
 
-    A norm of exactly 0, of a first gradient of zeros, does not limit the next.
+    A norm of exactly 0, as after a first gradient of zeros, does not limit the next norm.
 
     Raises:
         ValueError: for an argument out of range, a parameter that is not 2-D, or one shorter than ``rank``.
@@ -110,7 +110,7 @@ class Apollo(StackedStep):
         return ApolloMini(params, **kwargs)
 
     def check(self, p: Tensor, group: Mapping[str, Any]) -> None:
-        """As in the base class; refuses a parameter that has no projection of this rank."""
+        """As in the base class; refuses a parameter whose shorter side is smaller than ``rank``."""
         super().check(p, group)
         shape = self.layout(p).shape
         if not 1 <= group["rank"] <= min(shape):
@@ -157,7 +157,10 @@ class Apollo(StackedStep):
 
 
 def _limit_growth(u: Tensor, last: Tensor, lay: Layout) -> Rule:
-    """``u`` scaled down to 1.01 times the norm ``last`` (B,), which becomes the new one. Chen et al. 2024, section 3.3."""
+    """``u``, scaled down if its norm exceeds 1.01·``last``; ``last`` (B,) becomes the norm of the result.
+
+    Source: Chen et al. 2024, section 3.3, https://arxiv.org/abs/2410.01623
+    """
     norm = yield lay.norm(u)
     before = last.view_as(norm)
     limiter = torch.where(before > 0, (norm / (before + 1e-8)).clamp_min(GROWTH) / GROWTH, 1.0)

@@ -22,21 +22,21 @@ VARIANTS = ("paper", "entropy")
 BETA1_RANGE, BETA2_RANGE = (0.5, 0.9), (0.9, 0.999)
 """Least and largest β of ``paper``."""
 PREDICTION = 0.5
-"""α of ``paper``: weight of the old in the running mean that predicts the gradient."""
+"""α of ``paper``: decay of the running mean that predicts the gradient."""
 NOISE = 0.01
 """Weight of the noise of ``paper``."""
 ENTROPY_LIMITS, ENTROPY_FLOOR = ((0.1, 0.99), (0.9, 0.9999)), 1e-6
-"""Least and largest β of ``entropy``, and the least entropy that counts."""
+"""Least and largest β of ``entropy``, and the lower bound of the entropy."""
 ENTROPY_GAINS, ENTROPY_SCALE = (0.05, -0.05), 0.1
-"""How ``entropy`` changes the β, and the gradient."""
+"""Coefficients by which ``entropy`` changes the β and the gradient."""
 
 
 def paper(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
     """The paper's three changes to Adam: dynamic β, gradient prediction ĝ, and noise (its "entropy weight").
 
     ``c = ‖g - m‖ / (‖m‖ + 1e-8)``; ``β = clip(βₘᵢₙ + (βₘₐₓ - βₘᵢₙ)(1 - c))``; ``ĝ ← αĝ + (1-α)g``;
-    ``√(1-β₂ᵗ) / (1-β₁ᵗ) · (1 + 0.01·n) · ĝ / (√v + ε)``. n is what the mean of standard normal noise, one for each entry of the
-    whole parameter, is distributed as; weight decay is added to the gradient.
+    ``√(1-β₂ᵗ) / (1-β₁ᵗ) · (1 + 0.01·n) · ĝ / (√v + ε)``. n is drawn from the distribution of the mean of as many standard normal
+    numbers as the whole parameter has entries; weight decay is added to the gradient.
     """
     g = g.add(p, alpha=group["weight_decay"])
     change, size = yield lay.norm(g - s.exp_avg), lay.norm(s.exp_avg)
@@ -59,7 +59,7 @@ def entropy(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any])
     """
     size = g.abs()
     total, weighted = yield lay.sum(size), lay.sum(torch.xlogy(size, size))
-    # Σ q·ln(1/q), from sums that need no second round; of no gradient, none.
+    # H = Σ q·ln(1/q), from sums that one round of reductions gives; 0 for a gradient of zeros.
     safe = torch.where(total > 0, total, 1).double()
     chaos = (safe.log() - weighted.double() / safe).clamp_min(ENTROPY_FLOOR)
     beta1, beta2 = (

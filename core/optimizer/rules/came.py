@@ -1,4 +1,4 @@
-"""CAME: Adafactor's update as a running mean, trusted as far as it is steady."""
+"""CAME: a running mean of Adafactor's update, scaled by how little the update varies."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -52,9 +52,11 @@ class Came(StackedStep):
     ) -> None:
         non_negative("lr", float(lr))
         if len(betas) != 3:
-            raise ValueError(f"betas={betas} must be three numbers: of the update, of g² and of the residual.")
+            raise ValueError(
+                f"betas={betas} must be three numbers, the decays of the update, of g² and of the residual."
+            )
         if len(eps) != 2:
-            raise ValueError(f"eps={eps} must be two numbers: of g² and of the residual.")
+            raise ValueError(f"eps={eps} must be two numbers: one added to g², one to the squared residual.")
         for i, beta in enumerate(betas):
             fraction(f"betas[{i}]", beta)
         for i, e in enumerate(eps):
@@ -105,7 +107,7 @@ class Came(StackedStep):
                 residual.add(change.square_(), at)
         confidence = Scaling(one, one, None)
         if residual is not None:
-            # u - m is β1 times what it was before m changed.
+            # With the new m, u - m is β1 times its value for the old m.
             residual.row.mul_(beta1**2)
             residual.col.mul_(beta1**2)
             r, c = yield inverse_roots(s.res_row, s.res_col, residual, lay, fresh=1 - beta3, eps=eps2)

@@ -16,23 +16,23 @@ from ..steps.torch_class import LibraryStep, on_whole_tensors
 
 
 class MappedSinkhornMuon(SinkhornMuon):
-    """Sinkhorn-Muon that can begin with any weights.
+    """Sinkhorn-Muon that accepts any initial weights.
 
-    ``map_weights``: map weights that are not Sinkhorn-normalized when it is constructed, as every step does, instead of
-    refusing them. Other arguments as the base class.
+    With ``map_weights`` the constructor normalizes weights that are not Sinkhorn-normalized in place, as every step does,
+    instead of refusing them. Other arguments are those of the base class.
     """
 
     def __init__(self, params: ParamsT, *args: Any, map_weights: bool = True, **kwargs: Any) -> None:
-        given: list[Any] = list(params)
+        weights: list[Any] = list(params)
         try:
-            super().__init__(given, *args, **kwargs)
+            super().__init__(weights, *args, **kwargs)
         except ValueError:
             if not map_weights:
                 raise
             mapper = SinkhornMapper(kwargs.get("num_iters", 20), kwargs.get("eps", 1e-8))
-            for p in given:
+            for p in weights:
                 mapper(p, inplace=True)
-            super().__init__(given, *args, **kwargs)
+            super().__init__(weights, *args, **kwargs)
 
 
 def _psgd_state(optimizer: Any, p: nn.Parameter) -> dict[str, Any]:
@@ -66,10 +66,10 @@ MODULES = {
     "soap": "soap.soap",
     "spel": "orthogonalized_optimizers.spel",
 }
-"""What emerging-optimizers registers, and where. Imported when it is asked for: some import torch's compiler, in seconds."""
+"""Name in emerging-optimizers' registry → module. Modules are imported on demand, since some load torch's compiler."""
 
 LIBRARY = {f"eo_{name}" if name in ("adaptive_muon", "lion", "muon", "soap") else name: name for name in MODULES}
-"""Name here → name there. Of what has a counterpart of its own in this package, the library's is called ``eo_<name>``."""
+"""Name in this package → name in emerging-optimizers; names that this package uses itself become ``eo_<name>``."""
 
 REPLACED: dict[str, type[Optimizer]] = {"sinkhorn_muon": MappedSinkhornMuon}
 
@@ -82,15 +82,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "oblique_sgd": {"initialise": _sgd_state, "float32_only": False},
     "psgd_pro": {"initialise": _psgd_state, "random": True},
 }
-"""What :func:`on_whole_tensors` must know of a class that is not as most are."""
+"""Arguments of :func:`on_whole_tensors`, for the classes that need any."""
 
 
 @cache
 def library_optimizer(name: str) -> type[LibraryStep]:
-    """The class that is called ``name`` in :data:`LIBRARY`."""
-    theirs = LIBRARY[name]
+    """The whole-tensor version of the class that :data:`LIBRARY` lists as ``name``."""
+    library_name = LIBRARY[name]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on the way to its compiler
-        importlib.import_module(f"emerging_optimizers.{MODULES[theirs]}")
-    cls = REPLACED.get(theirs, registry.get_optimizer_cls(theirs))
-    return on_whole_tensors(cls, **SPECIAL.get(theirs, {}))
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised inside torch while its compiler loads
+        importlib.import_module(f"emerging_optimizers.{MODULES[library_name]}")
+    cls = REPLACED.get(library_name, registry.get_optimizer_cls(library_name))
+    return on_whole_tensors(cls, **SPECIAL.get(library_name, {}))

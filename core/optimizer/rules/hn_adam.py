@@ -1,4 +1,4 @@
-"""HN-Adam: Adam whose power of the gradient follows how its mean compares with it."""
+"""HN-Adam: Adam in which the power of the gradient depends on the ratio of the norms of mean and gradient."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""LAMB and LARS: the step of each parameter is scaled by the ratio of two norms of the whole of it."""
+"""LAMB and LARS: the step of each parameter is scaled by a ratio of two norms of whole tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,12 +51,12 @@ class Lamb(GlobalClip):
 
     Args:
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
-        lr: Learning rate: the length of a step by the length of the parameter.
+        lr: Learning rate: the norm of a step divided by the norm of the parameter.
         betas: Decays of the running means of the gradient and its square, in [0, 1).
         eps: Added to the denominator.
         weight_decay: λ ≥ 0; part of the direction whose norm counts.
-        max_grad_norm: Use gradients scaled so that their norm, over all parameters of this optimizer in the whole model, is
-            at most this; ``.grad`` is left as it is. None or 0: as they are.
+        max_grad_norm: Largest norm of the gradients over all parameters of this optimizer in the whole model; the rule scales
+            them to it and leaves ``.grad`` unchanged. None or 0: no scaling.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded, and for ``max_grad_norm``
             over pipeline stages, of which each must then have a parameter here.
 
@@ -88,7 +88,7 @@ class Lamb(GlobalClip):
         return SPECS
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
-        """Algorithm 2, of gradients that may have been scaled."""
+        """Algorithm 2, with gradients scaled by :attr:`scale` if there is a ``max_grad_norm``."""
         scale = self.scale
         return lamb if scale is None else lambda p, g, s, lay, group: lamb(p, g * scale, s, lay, group)
 

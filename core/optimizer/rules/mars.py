@@ -1,4 +1,4 @@
-"""MARS: Adam on gradients from which some of the noise is taken by comparing them with the ones before."""
+"""MARS: Adam with gradients whose noise is reduced by means of the gradient of the step before."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -22,10 +22,10 @@ CLIPS = ("global", "tensor")
 
 
 class Mars(GlobalClip):
-    """MARS-AdamW with the gradient of the step before, at its own batch, for comparison (the paper's "approximate" form).
+    """MARS-AdamW in the paper's "approximate" form, where the earlier gradient g₋ comes from its own batch.
 
-    ``c = g + γβ₁/(1-β₁)·(g - g₋)``, clipped; a step of AdamW with c for gradient. Before the first step ``g₋`` is 0, as in the
-    authors' code.
+    ``c = g + γβ₁/(1-β₁)·(g - g₋)`` is clipped, and AdamW takes a step with c as gradient. Before the first step ``g₋`` is 0,
+    as in the authors' code.
 
     Args:
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
@@ -95,12 +95,12 @@ class Mars(GlobalClip):
 
 
 def corrected(g: Tensor, previous: Tensor, group: Mapping[str, Any]) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-    """``c = g + γβ₁/(1-β₁)·(g - g₋)`` of stacks (B, *shard), as new tensors: each block, and where it is."""
+    """(index, new tensor) for each block of ``c = g + γβ₁/(1-β₁)·(g - g₋)``, on stacks (B, *shard)."""
     for at in index_blocks(previous):
         yield at, torch.lerp(previous[at], g[at].to(previous.dtype), look_ahead(group))
 
 
 def look_ahead(group: Mapping[str, Any]) -> float:
-    """How far beyond the gradient, seen from the one before it, c lies: ``1 + γβ₁/(1-β₁)``."""
+    """``1 + γβ₁/(1-β₁)``, the factor k in ``c = g₋ + k·(g - g₋)``."""
     beta1 = float(group["betas"][0])
     return 1 + float(group["gamma"]) * beta1 / (1 - beta1)

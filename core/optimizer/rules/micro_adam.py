@@ -65,7 +65,7 @@ class MicroAdam(WholeStep):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         check_adam(lr, betas, eps, weight_decay)
-        positive("eps", eps)  # Where the window has no entry, m and v are 0.
+        positive("eps", eps)  # m and v are 0 where the window has no entry
         if not 0 < density <= 1:
             raise ValueError(f"density={density} must be above 0 and at most 1.")
         for name, size, most in (
@@ -106,7 +106,7 @@ class MicroAdam(WholeStep):
         }
 
     def cost(self, shape: tuple[int, ...]) -> float:
-        """Entries."""
+        """Number of entries."""
         return float(math.prod(shape))
 
     def update_whole_(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any], name: str) -> None:
@@ -135,7 +135,7 @@ class MicroAdam(WholeStep):
 
 
 def top(magnitude: Tensor, block_size: int, density: float) -> tuple[Tensor, Tensor]:
-    """Where the largest entries of each block of ``magnitude`` (d,) are: positions in their blocks, and the blocks' starts."""
+    """Positions, within their block, of the largest entries of each block of ``magnitude`` (d,), and starts of the blocks."""
     positions, starts = [], []
     for at, n in enumerate(_blocks(len(magnitude), block_size)):
         start = at * block_size
@@ -156,7 +156,7 @@ def quantize_(x: Tensor, codes: Tensor, lows: Tensor, highs: Tensor, block_size:
 
 
 def dequantize(codes: Tensor, lows: Tensor, highs: Tensor, size: int, block_size: int) -> Tensor:
-    """What :func:`quantize_` stored, (size,), in the dtype of ``lows``."""
+    """The numbers (size,) that :func:`quantize_` stored, in the dtype of ``lows``."""
     code = torch.stack([codes & LEVELS, codes >> 4], 1).view(-1)[:size].to(lows.dtype)
     rows = torch.cat([code, code.new_zeros(-size % block_size)]).view(-1, block_size)
     return torch.addcmul(lows[:, None], rows, ((highs - lows) / LEVELS)[:, None]).view(-1)[:size]

@@ -1,6 +1,6 @@
 """Muon and its adaptive variants as rules: momentum, orthogonalization of the whole matrix, second moment, scale.
 
-How the shards of a matrix come together is no business of a rule: it is told how to orthogonalize (:class:`How`).
+A rule does not know how the shards of a matrix are combined: :class:`How` gives it a function that orthogonalizes.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,12 +22,12 @@ Moment2 = Literal["adamuon", "normuon", "namo"]
 
 @dataclass(frozen=True)
 class How:
-    """What the rules here need besides the parameter group.
+    """Arguments of the rules in this file besides the parameter group.
 
     Attributes:
-        orthogonalize: ``orthogonalize(u, layout, scale)``: a rule that returns ``scale(m, n) · NS(U)`` of each whole (m, n)
-            matrix, or part of a fused one, of which ``u`` (B, *shard) are the shards; None stands for a scale of 1.
-        scale: ``scale(m, n)``: the factor of the update, by the whole shape.
+        orthogonalize: ``orthogonalize(u, layout, scale)``, a rule that returns the shards of ``scale(m, n) · NS(U)`` for each
+            whole (m, n) matrix U, or part of a fused one, with shards ``u`` (B, *shard); None as ``scale`` means 1.
+        scale: ``scale(m, n)``, the factor of the update for a whole (m, n) matrix.
         nesterov: Whether to look one step ahead.
         l2: Whether the group's weight decay is added to the gradient.
     """
@@ -50,7 +50,7 @@ def muon(p: Tensor, g: Tensor, s: Any, lay: Layout, group: Group, *, how: How) -
 def direction(p: Tensor, g: Tensor, s: Any, group: Group, how: How) -> Deferred:
     """The direction U that Muon orthogonalizes, and the update of the momentum M.
 
-    Both happen when U is written: while a wave is packed, straight into the buffer in which the matrix travels to its owner.
+    Both are computed when U is written: while a wave is packed, directly into the buffer that is sent to the owner.
     """
     mu, decay = group["momentum"], group["weight_decay"] if how.l2 else 0
 
@@ -71,7 +71,7 @@ def adaptive_muon(
     dtype, v, rates = u.dtype, s.moment2_buffer, {"beta2": group["beta2"], "eps": group["eps"]}
     if method == "namo":
         u = u.form() if isinstance(u, Deferred) else u
-        # Asked for now, while gradient and direction are at hand; sent later, so as not to delay the matrices.
+        # The sums are formed now, while gradient and direction exist, and sent later, so as not to delay the matrices.
         norms = lay.norm(g.to(dtype)), lay.norm(u)
     o = (yield how.orthogonalize(u, lay, None)).to(dtype)
     del u
@@ -94,16 +94,16 @@ def moment2_spec(method: Moment2, lay: Layout) -> StateSpec:
 
 
 def averaged_dim(lay: Layout) -> int:
-    """The dim that NorMuon averages over: it keeps one number for each index of the longer side of the whole matrix."""
+    """The dim that NorMuon averages over, which leaves one number for each index of the whole matrix's longer side."""
     return -1 if lay.shape[-2] >= lay.shape[-1] else -2
 
 
 def adamuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float, align_rms: bool = False) -> Rule:
     """Elementwise second moment of the orthogonalized direction ``o``; updates ``v``.
 
-    With ``align_rms`` the result is brought back to the Frobenius norm of ``o``; without, its entries are near 1.
+    With ``align_rms`` the result is scaled to the Frobenius norm of ``o``; without, its entries are near 1.
 
-    Source: arXiv 2507.11005, whose alignment is to a constant instead.
+    Source: https://arxiv.org/abs/2507.11005, which scales to a constant instead.
     """
     v.lerp_(o.square(), 1 - beta2)
     adapted = o / (v.sqrt() + eps)
@@ -114,9 +114,9 @@ def adamuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float, alig
 
 
 def normuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float) -> Rule:
-    """Second moment per row or column of the whole matrix, then back to the norm of ``o``; updates ``v``.
+    """Divide ``o`` by the root of a second moment per row or column and restore its Frobenius norm; updates ``v``.
 
-    Source: arXiv 2510.05491, algorithm 1; the norm is kept as in emerging-optimizers.
+    Source: https://arxiv.org/abs/2510.05491, algorithm 1; the norm is kept as in emerging-optimizers.
     """
     dim = averaged_dim(lay)
     square = yield lay.mean(o.square(), dim)
@@ -129,9 +129,9 @@ def normuon(o: Tensor, v: Tensor, lay: Layout, *, beta2: float, eps: float) -> R
 
 
 def namo(o: Tensor, v: Tensor, gradient_norm: Tensor, direction_norm: Tensor, *, beta2: float, eps: float) -> Tensor:
-    """One number per matrix, ‖U‖ / (sqrt(mean ‖G‖²) + eps); norms are (B, 1, 1); updates ``v`` (B, 1).
+    """Scale ``o`` by one number per matrix, ‖U‖ / (√(mean ‖G‖²) + eps); norms are (B, 1, 1); updates ``v`` (B, 1).
 
-    Source: arXiv 2602.17080.
+    Source: https://arxiv.org/abs/2602.17080
     """
     v.lerp_(gradient_norm.square().flatten(1), 1 - beta2)
     return o * (direction_norm.flatten(1) / (v.sqrt() + eps)).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Muon by optax's rule: bias-corrected momentum, and a step that may be scaled by how well it is aligned."""
+"""Muon by optax's rule: bias-corrected momentum, and a step that may be scaled by its dual norm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,9 +34,9 @@ class OptaxMuon(TensorParallelMuon):
         eps: ε ≥ 0.
         coefficient_type: Set of Newton-Schulz coefficients; ``simple`` is optax's.
         num_ns_steps: Newton-Schulz iterations.
-        fp32_matmul_prec: As :class:`TensorParallelMuon`; optax computes in the dtype that it is given.
+        fp32_matmul_prec: As in :class:`TensorParallelMuon`; optax itself computes in the dtype of its input.
         pg_collection: Process groups; needed when plain tensors are sharded or replicated.
-        tp_mode: How shards come together, as for :class:`TensorParallelMuon`.
+        tp_mode: Mode in which shards are combined, as for :class:`TensorParallelMuon`.
 
     Raises:
         ValueError: as :class:`TensorParallelMuon`.

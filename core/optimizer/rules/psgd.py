@@ -25,16 +25,16 @@ BETA_LIPSCHITZ = 0.95
 """Decay of the running bound on the curvature of a factor's objective."""
 
 LEAST_LR = 0.4
-"""Where the decay of the factors' step size ends."""
+"""Step size of the factors at which its decay ends."""
 
 BALANCE_EVERY = 100
 """Steps from one balancing of Q_l against Q_r to the next."""
 
 LARGEST_RMS = 1.1
-"""To which the root mean square of a preconditioned matrix is clipped."""
+"""Largest root mean square of a preconditioned matrix; larger ones are clipped to it."""
 
 PROBES = 4
-"""Random vectors from which a spectral norm is estimated."""
+"""Number of random vectors from which a spectral norm is estimated."""
 
 
 class WhiteKron(WholeStep):
@@ -55,13 +55,13 @@ class WhiteKron(WholeStep):
         max_size_dense: A side of the matrix that is longer is not cut, and only the diagonal of its factors kept.
         preconditioner_lr: Step size of the factors, in (0, 1]; decays as 1/√(1 + t/10⁴), to 0.4 if it starts above.
         preconditioner_init_scale: The first Q_l and Q_r are this times the identity; > 0.
-        precond_dtype: Of the kept Q_l and Q_r; None for the parameter's, but at least float32. bfloat16, the authors'
-            choice, takes half the memory, but its 8 bits lose every change below 0.2 %. Arithmetic is the parameter's in both.
-        noise_scale: Size of the noise that the factors see added to the momentum, > 0: without it they would grow without bound
-            where the gradient stays 0.
-        seed: Of that noise and of the probes for spectral norms. They depend on it, the parameter's name and the step alone:
-            the same on every layout, and when a run is resumed.
-        tp_mode: How shards come together (:class:`~.whole_tensor.WholeStep`).
+        precond_dtype: Dtype of the stored Q_l and Q_r; None for the parameter's, but at least float32. bfloat16, the authors'
+            choice, takes half the memory, but its 8 bits lose every change below 0.2 %. Arithmetic uses the parameter's dtype.
+        noise_scale: Size of the noise added to the momentum from which the factors are fitted, > 0; without noise they would
+            grow without bound where the gradient stays 0.
+        seed: Seed of that noise and of the probes for spectral norms. Both depend on the seed, the parameter's name and the
+            step alone, and so are equal on every layout and in resumed runs.
+        tp_mode: Mode in which shards are combined (:class:`~.whole_tensor.WholeStep`).
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
 
     Raises:
@@ -119,17 +119,17 @@ class WhiteKron(WholeStep):
         )
 
     def new_factor(self, q: Tensor, e: Tensor, probe: Tensor) -> Tensor:
-        """Q after a step against E.
+        """The factor Q after a step against E.
 
         Args:
-            q: (N, d, d), or (N, d) where only the diagonal is kept.
-            e: E, of the same shape; symmetric.
-            probe: Standard normal, (N, 4, d).
+            q: Factors Q (N, d, d), or (N, d) where only the diagonal is kept.
+            e: E, symmetric and of the shape of ``q``.
+            probe: Standard normal numbers (N, 4, d).
         """
         raise NotImplementedError
 
     def cost(self, shape: tuple[int, ...]) -> float:
-        """Blocks of equal size cost the same."""
+        """Relative work, by the number of entries, because blocks of equal size cost the same."""
         return float(math.prod(shape))
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
@@ -158,7 +158,7 @@ class WhiteKron(WholeStep):
             m /= m.norm() + 1e-6
         noisy = m.add(self._normal(p, p.shape, name, t, "noise"), alpha=group["noise_scale"])
         regions = self._regions(p.shape)
-        # All probes in one draw: a draw is many small kernels, however many numbers it makes.
+        # All probes come from one draw, because each draw takes many small kernels, however few its numbers are.
         sizes = [region.blocks * PROBES * size for region in regions for size in region.block]
         probes = iter(self._normal(p, (sum(sizes),), name, t, "probes").split(sizes))
         u = torch.empty_like(p)
@@ -233,12 +233,12 @@ class Region:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks one below the other, and side by side."""
+        """Numbers of blocks in a column and in a row of the grid."""
         return (self.rows[1] - self.rows[0]) // self.rows[2], (self.cols[1] - self.cols[0]) // self.cols[2]
 
     @property
     def blocks(self) -> int:
-        """How many."""
+        """Number of blocks."""
         return math.prod(self.grid)
 
     def cut(self, x: Tensor) -> Tensor:
@@ -283,8 +283,8 @@ def excess(x: Tensor, bound: Tensor, probe: Tensor, *, diagonal: bool) -> Tensor
     Args:
         x: Preconditioned blocks (N, d, e).
         bound: L, (N,); updated.
-        probe: Standard normal, (N, 4, d).
-        diagonal: Whether to keep the diagonal of T alone.
+        probe: Standard normal numbers (N, 4, d).
+        diagonal: Whether to keep only the diagonal of T.
 
     Returns:
         (N, d, d), or (N, d) for the diagonal.

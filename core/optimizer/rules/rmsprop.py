@@ -1,4 +1,4 @@
-"""RMSProp, in the two forms that are in use."""
+"""RMSProp in the forms of optax and torch."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,7 +20,7 @@ DECAYS = {"optax": 0.9, "torch": 0.99}
 class RMSprop(ElementwiseStep):
     """``v ← decay·v + (1-decay)·g²``, then a step by ``g`` over the root of ``v``, with momentum.
 
-    The two variants differ in what stands under the root, and in what the momentum is of:
+    The two variants differ in the place of ε, and in the quantity that the momentum accumulates:
 
     * ``optax``: ``b ← μb + lr·g/√(v + ε)``; ``p ← p - b``, with Nesterov ``p - (μb + lr·g/√(v + ε))``; weight decay decoupled.
     * ``torch``: ``b ← μb + g/(√v + ε)``; ``p ← p - lr·b``; weight decay added to the gradient. As ``torch.optim.RMSprop``.
@@ -28,7 +28,7 @@ class RMSprop(ElementwiseStep):
     Args:
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors.
         lr: Learning rate.
-        decay: In [0, 1); None: 0.9 of optax, 0.99 of torch.
+        decay: Decay of v, in [0, 1); None: 0.9 for ``optax``, 0.99 for ``torch``.
         eps: ε ≥ 0; with 0, a gradient that was always zero gives NaN.
         initial_scale: v before the first step, ≥ 0.
         momentum: μ, in [0, 1); 0 keeps no momentum.

@@ -18,13 +18,13 @@ from .parts.adam_parts import denominators, mean_square_
 
 
 class ScheduleFree(ElementwiseStep):
-    """The rule that the schedule-free optimizers share; they differ in :meth:`directions` u.
+    """Base of the schedule-free optimizers, which differ in the direction u (:meth:`directions`).
 
-    ``z ← z - γ·u(y)``; ``x ← (1-c)·x + c·z``; ``y ← (1-β)·z + β·x``. Stored are z, and in the parameter y while training and
+    ``z ← z - γ·u(y)``; ``x ← (1-c)·x + c·z``; ``y ← (1-β)·z + β·x``. z is state; the parameter holds y while training, and
     x, the weights to evaluate, after :meth:`eval`. A new optimizer is in training mode.
 
-    The count of steps, the sum of weights and the largest rate are kept for each parameter, as is what the parameter holds:
-    a checkpoint that was saved in either mode goes on in that mode.
+    Each parameter has its own step count, sum of weights, largest rate and mode in the state, so that a run continues in the
+    mode in which its checkpoint was saved.
     """
 
     needs = "eval() before a validation, train() after it"
@@ -47,13 +47,13 @@ class ScheduleFree(ElementwiseStep):
     def decayed_update_(
         self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]
     ) -> None:
-        """As in the base class, but what decays y decays z with it, as the rule's own weight decay does."""
+        """As in the base class, but z decays together with y, as by the rule's own weight decay."""
         if group.get(METHOD) not in (None, "l2"):
             group = {**group, METHOD: None, "weight_decay": equivalent(group, group["rate"])}
         super().decayed_update_(params, grads, states, group)
 
     def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:
-        """Count ``k``; the warmed-up ``rate`` γ, and the weight c of z in x."""
+        """Advance the step count ``k``; returns the warmed-up ``rate`` γ and the weight c of z in x."""
         k = float(state["k"].add_(1))
         warmup = group["warmup_steps"]
         rate = float(group["lr"]) * (min(k / warmup, 1.0) if warmup else 1.0)
@@ -90,12 +90,12 @@ class ScheduleFree(ElementwiseStep):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Put y into the parameters, to train on; nothing where it is there already."""
+        """Put y, the weights to train with, into the parameters, in place; no effect in training mode."""
         self._interpolate(evaluating=False)
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Put the average x into the parameters, to evaluate or export; nothing where it is there already."""
+        """Put the average x into the parameters, in place, to evaluate or export; no effect in evaluation mode."""
         self._interpolate(evaluating=True)
 
     def _interpolate(self, *, evaluating: bool) -> None:
@@ -107,7 +107,7 @@ class ScheduleFree(ElementwiseStep):
                 state = self.state[p]
                 if bool(state["evaluating"]) == evaluating:
                     continue
-                if state["k"] > 0:  # before the first step x, y and z are one
+                if state["k"] > 0:  # before the first step x, y and z are equal
                     z, shard = local(state["z"]), local(p)
                     shard.copy_(torch.lerp(shard.to(z.dtype), z, weight))
                 state["evaluating"].fill_(evaluating)
@@ -118,7 +118,7 @@ def _check(what: str, beta: float, warmup_steps: int, r: float, weight_lr_power:
         non_negative(name, value)
     if beta == 0:
         raise ValueError(
-            f"{what}=0 must be above 0: y would not hold the average that eval() is to put back. 0.9 is usual."
+            f"{what}=0 must be above 0, because eval() restores the average from y, which is z alone at 0; 0.9 is usual."
         )
 
 
@@ -134,8 +134,8 @@ class ScheduleFreeAdamW(ScheduleFree):
         eps: Added to the denominator.
         weight_decay: wd ≥ 0, at y.
         warmup_steps: Steps in which the learning rate rises from 0.
-        r: The average weighs step k by kʳ; ≥ 0.
-        weight_lr_power: And by this power of the largest learning rate so far; ≥ 0.
+        r: Power of the step k in its weight kʳ in the average; ≥ 0.
+        weight_lr_power: Power of the largest learning rate so far in the same weight; ≥ 0.
         pg_collection: Process groups, for the layout of what is saved.
 
     Raises:
@@ -171,7 +171,7 @@ class ScheduleFreeAdamW(ScheduleFree):
         )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
-        """``exp_avg_sq`` besides."""
+        """As in the base class, and ``exp_avg_sq`` like the parameter."""
         return {**super().specs(group), "exp_avg_sq": StateSpec("*")}
 
     def beta(self, group: Mapping[str, Any]) -> float:

@@ -68,7 +68,7 @@ class SGD(ElementwiseStep):
         return {"momentum_buffer": StateSpec("*"), **step}
 
     def one_pass(self, group: Mapping[str, Any]) -> bool:
-        """As torch's fused kernel does; where the first step is another one, there are two kinds of parameters."""
+        """Whether torch's fused kernel is used; with dampening it is not, because a parameter's first step differs then."""
         return "step" not in self.specs(group)
 
     def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:

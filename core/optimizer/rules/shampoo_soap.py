@@ -30,8 +30,8 @@ class DenseFactors(WholeStep):
 class Shampoo(DenseFactors):
     """``L ← L + G·Gᵀ``; ``R ← R + Gᵀ·G``; ``U = (L + ε)^(-1/4) · G · (R + ε)^(-1/4)``; ``W ← W - lr·(μ·M + U)``.
 
-    All of the whole matrix. ``W ← (1 - lr·wd)·W`` comes first. The roots are computed at the first step and at every
-    ``precondition_frequency``-th after it, and kept. State: L, R and their roots, M where μ > 0, and a diagonal for
+    Each quantity is that of the whole matrix. ``W ← (1 - lr·wd)·W`` comes first. The roots are computed at the first step and
+    at every ``precondition_frequency``-th after it, and kept. State: L, R and their roots, M if μ > 0, and a diagonal for
     ``adagrad`` grafting.
 
     Args:
@@ -42,9 +42,9 @@ class Shampoo(DenseFactors):
         beta: 1 for sums as above; below 1, in (0, 1), for running means L ← β·L + (1-β)·G·Gᵀ.
         weight_decay: wd ≥ 0, decoupled.
         precondition_frequency: Steps from one computation of the roots to the next, at least 1.
-        grafting: Whose norm U is given: ``none``; ``sgd``: that of G; ``adagrad``: that of G / √(ΣG² + ε), which for β
-            below 1 is RMSProp.
-        tp_mode: How shards come together (:class:`~.whole_tensor.WholeStep`).
+        grafting: Norm to which U is scaled: ``none``: its own; ``sgd``: that of G; ``adagrad``: that of G / √(ΣG² + ε), which
+            for β below 1 is RMSProp's.
+        tp_mode: Mode in which shards are combined (:class:`~.whole_tensor.WholeStep`).
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
 
     Raises:
@@ -120,7 +120,7 @@ class Shampoo(DenseFactors):
 
 
 class Soap(DenseFactors):
-    """Adam in the eigenbasis of Shampoo's factors, which follows them by one power iteration every few steps.
+    """Adam in the eigenbasis of Shampoo's factors; one power iteration every few steps updates the basis.
 
     With ``G' = Q_Lᵀ·G·Q_R``: ``M ← β1·M + (1-β1)·G``; ``V ← β2·V + (1-β2)·G'²``;
     ``W ← (1 - lr·wd)·(W - lr·√(1-β2ᵗ)/(1-β1ᵗ) · Q_L·(M' / (√V + ε))·Q_Rᵀ)``; then ``L ← βL + (1-β)G·Gᵀ``, and R alike.
@@ -138,7 +138,7 @@ class Soap(DenseFactors):
         max_precond_dim: A dim of the whole matrix that is larger is not rotated.
         normalize_grads: Divide each update by its root mean square.
         correct_bias: Keep the factor √(1-β2ᵗ)/(1-β1ᵗ).
-        tp_mode: How shards come together (:class:`~.whole_tensor.WholeStep`).
+        tp_mode: Mode in which shards are combined (:class:`~.whole_tensor.WholeStep`).
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
 
     Raises:
@@ -164,7 +164,9 @@ class Soap(DenseFactors):
     ) -> None:
         non_negative("lr", float(lr))
         if len(betas) != 2:
-            raise ValueError(f"betas={betas} must be two numbers, of the gradient's mean and of its square's.")
+            raise ValueError(
+                f"betas={betas} must be two numbers, the decays of the means of the gradient and its square."
+            )
         fraction("betas[0]", betas[0])
         fraction("betas[1]", betas[1])
         fraction("shampoo_beta", betas[1] if shampoo_beta is None else shampoo_beta)
@@ -236,7 +238,7 @@ def rotate(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 def follow_(basis: Tensor, gram: Tensor, second_moment: Tensor, dim: int) -> None:
     """One power iteration of ``basis`` (n, n) towards the eigenvectors of ``gram`` (n, n), largest eigenvalue first.
 
-    Mutates ``basis``, and ``second_moment`` (m, n), kept in that basis along ``dim``, whose entries move with its columns.
+    Mutates ``basis``, and reorders ``second_moment`` (m, n), which is in that basis along ``dim``, like the basis's columns.
 
     Source: Vyas et al. 2024, algorithm 4; the order of columns as in the authors' code.
     """

@@ -32,9 +32,9 @@ class Sophia(ElementwiseStep):
         rho: ρ > 0; larger values clip fewer entries.
         eps: ε > 0.
         weight_decay: wd ≥ 0, decoupled.
-        estimator: What :meth:`update_hessian` is given: ``hutchinson``, products of the Hessian and random signs, or
-            ``gnb``, gradients for labels drawn from the model.
-        hessian_interval: For the training loop, which calls :meth:`update_hessian`.
+        estimator: Estimator in :meth:`update_hessian`: ``hutchinson``, from products of the Hessian and random signs, or
+            ``gnb``, from gradients for labels drawn from the model.
+        hessian_interval: Steps between calls of :meth:`update_hessian`; the training loop reads it and makes the calls.
         seed: Seed of the random signs.
         pg_collection: Process groups, for the layout of what is saved.
 
@@ -77,7 +77,7 @@ class Sophia(ElementwiseStep):
         }
 
     def one_pass(self, group: Mapping[str, Any]) -> bool:
-        """No: a step does not need the scalar."""
+        """False, because a step does not need the scalar."""
         return False
 
     def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
@@ -103,24 +103,24 @@ class Sophia(ElementwiseStep):
         epsilon: float = 1e-3,
         batch_size: int | None = None,
     ) -> None:
-        """Take one estimate ĥ of the Hessian's diagonal into ``h ← β2·h + (1-β2)·ĥ``; leaves parameters and ``.grad``.
+        """Update h by an estimate ĥ of the Hessian's diagonal, ``h ← β2·h + (1-β2)·ĥ``; parameters and ``.grad`` stay.
 
-        With ``estimator="gnb"`` (algorithm 2): first put into ``.grad`` the gradient of the mean loss over labels that were
-        drawn from the model's own predictions; then ``update_hessian(batch_size=B)``: ĥ = B·g².
+        With ``estimator="gnb"`` (algorithm 2): put the gradient of the mean loss over labels drawn from the model's own
+        predictions into ``.grad``, then call ``update_hessian(batch_size=B)``: ĥ = B·g².
 
-        With ``estimator="hutchinson"`` (algorithm 1): ĥ = u ⊙ Hu with signs u. Either ``probes=`` u, as :meth:`probes` gives
-        them, and ``products=`` Hu, or a ``closure``:
+        With ``estimator="hutchinson"`` (algorithm 1): ĥ = u ⊙ Hu with signs u. Pass either ``probes=`` u from :meth:`probes`
+        and ``products=`` Hu, or a ``closure``:
 
-        * ``hvp="differences"``: it computes loss and ``.grad`` at the present parameters, which it sees twice, shifted; on the
-          same batch both times, collectives of any parallelism included. Hu = (g(p + εu) - g(p - εu)) / 2ε.
-        * ``hvp="double_backward"``: it returns the loss with its graph, and calls no backward. Exact, where every operation
-          can be differentiated twice; for parameters that one rank holds alone.
+        * ``hvp="differences"``: the closure computes loss and ``.grad`` at the present parameters, including all collectives.
+          It is called twice, with shifted parameters, and must use one batch. Hu = (g(p + εu) - g(p - εu)) / 2ε.
+        * ``hvp="double_backward"``: the closure returns the loss with its graph and calls no backward. Exact if every operation
+          can be differentiated twice; only for parameters that one rank holds alone.
 
         Args:
             closure: The closure described above.
-            probes: For each parameter, in the order of the groups, u like the parameter.
-            products: Hu in the same order; None leaves a parameter's h alone.
-            hvp: How the closure is used.
+            probes: Random signs u for each parameter, in the order of the groups and laid out like the parameters.
+            products: Products Hu in the same order; None leaves a parameter's h alone.
+            hvp: Method that computes Hu with the closure.
             epsilon: ε > 0, in units of the parameters.
             batch_size: B, the number of terms of the mean loss, over all data-parallel ranks.
 
@@ -141,8 +141,8 @@ class Sophia(ElementwiseStep):
             gradients = [None if p.grad is None else local_gradient(p) for p in params]
             self._take(params, [None if g is None else batch_size * g.to(_wide(g)).square() for g in gradients])
             return
-        given = probes is not None and products is not None
-        if batch_size is not None or given == (closure is not None) or (probes is None) != (products is None):
+        has_products = probes is not None and products is not None
+        if batch_size is not None or has_products == (closure is not None) or (probes is None) != (products is None):
             raise ValueError("estimator='hutchinson' takes either a closure, or probes and products.")
         choice("hvp", hvp, ("differences", "double_backward"))
         if closure is not None:
@@ -165,7 +165,7 @@ class Sophia(ElementwiseStep):
         self._take(params, estimates)
 
     def probes(self) -> list[Tensor]:
-        """The next estimate's u: for each parameter, in the order of the groups, random signs laid out like it."""
+        """Random signs u of the next estimate, for each parameter in the order of the groups and laid out like it."""
         probes = []
         for group in self.param_groups:
             self._init_group(group)
@@ -227,13 +227,13 @@ class Sophia(ElementwiseStep):
         curved = [i for i in used if gradients[i].requires_grad]
         products: list[Tensor | None] = [torch.zeros_like(params[i]) if i in used else None for i in range(len(params))]
         if curved:
-            found = torch.autograd.grad(
+            computed = torch.autograd.grad(
                 [gradients[i] for i in curved],
                 [params[i] for i in used],
                 [probes[i].to(gradients[i].dtype) for i in curved],
                 materialize_grads=True,
             )
-            for i, product in zip(used, found, strict=True):
+            for i, product in zip(used, computed, strict=True):
                 products[i] = product
         return products
 

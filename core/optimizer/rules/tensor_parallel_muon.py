@@ -37,7 +37,7 @@ PRECISIONS = ("highest", "high", "medium")
 
 
 class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
-    """Muon whose step is the step of the whole matrix, however it is sharded.
+    """Muon whose step is that of the whole matrix, however the matrix is sharded.
 
     ``W ← (1 - lr·wd)·W``; ``M ← μM + (1-μ)G``; ``U = (1-μ)G + μM`` with Nesterov, else ``M``;
     ``W ← W - lr · scale(m, n) · extra_scale_factor · NS(U)``, all of the whole matrix (of each part of a fused one).
@@ -49,22 +49,23 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         nesterov: Look one step ahead.
         weight_decay: wd ≥ 0.
         use_decoupled_weight_decay: False adds ``wd·W`` to the gradient instead.
-        split_qkv: Orthogonalize q, k and v of a fused weight apart.
-        is_qkv_fn: Tells which parameters are fused; default: those with a true attribute ``is_qkv``.
+        split_qkv: Whether q, k and v of a fused weight are orthogonalized separately.
+        is_qkv_fn: ``is_qkv_fn(p)`` says whether ``p`` is a fused QKV weight; by default its attribute ``is_qkv`` does.
         qkv_split_shapes: Rows of q, k, v (and gate) in one query group; an attribute of that name on the parameter wins.
-            A parameter's attribute ``matrix_parts`` says the same of any other fused weight (gate/up).
+            For other fused weights (gate/up) a parameter's attribute ``matrix_parts`` holds the rows.
         fp32_matmul_prec: ``highest``, ``high`` (tf32) or ``medium`` (bfloat16 Newton-Schulz).
         coefficient_type: Set of Newton-Schulz coefficients of emerging-optimizers.
         num_ns_steps: Newton-Schulz iterations, at least 1.
         scale_mode: ``shape_scaling``, ``spectral`` or ``unit_rms_norm``.
-        extra_scale_factor: Another factor of the update.
+        extra_scale_factor: Additional factor of the update.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
-        tp_mode: How shards come together (:func:`~.tp_modes.on_matrix`); all but ``blockwise`` are exact. ``auto``: for each
-            matrix the exact mode that is predicted to take the least time (:mod:`.auto`).
-        ns_plan: Which variant of Newton-Schulz whole matrices of a shape take (:mod:`core.linalg.variants`): ``static``: by rule;
-            ``tune``: the fastest of those that are as exact, measured once and cached; or the file of such a plan.
-        auto_rates: What ``auto`` predicts with: FLOP/s of products, bytes/s of memory, seconds of latency and bytes/s of the
-            link; None measures them once.
+        tp_mode: Mode in which shards are combined (:func:`~.tp_modes.on_matrix`); all but ``blockwise`` are exact. ``auto``
+            takes for each matrix the exact mode with the least predicted time (:mod:`core.cost.auto`).
+        ns_plan: Choice of the Newton-Schulz variant for whole matrices of each shape (:mod:`core.linalg.variants`):
+            ``static``: by rule; ``tune``: the fastest of the variants that are as exact, measured once and cached; or the path
+            of a file with such a plan.
+        auto_rates: Rates from which ``auto`` predicts: FLOP/s of products, bytes/s of memory, seconds of latency and bytes/s
+            of the link; None measures them once.
 
     Raises:
         ValueError: for an argument out of range, a parameter that is not 2-D, or a split that does not fit.
@@ -126,10 +127,10 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         self._chosen: dict[Layout, Choice] = {}
         self.coefficient_type = coefficient_type
         self.num_ns_steps = num_ns_steps
-        # Not the optimizer itself: a cycle would keep all state alive until the garbage collector comes by.
+        # A weak reference, because a cycle would keep all state alive until garbage is collected.
         me = weakref.ref(self)
         self._coefs = coefficients(coefficient_type, num_ns_steps)
-        # By name, not super(): in AdaptiveMuon's MRO the next class takes other arguments.
+        # Called by name: with super(), AdaptiveMuon's MRO would call a class that takes other arguments.
         OrthogonalizedOptimizer.__init__(
             self,
             params,
@@ -157,14 +158,14 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         return out.to(grad.dtype)
 
     def layout(self, p: Tensor) -> Layout:
-        """Where ``p`` and its parts live; its own shard for the whole in ``blockwise`` mode."""
+        """Layout of ``p`` and its parts; in ``blockwise`` mode this rank's shard counts as the whole matrix."""
         lay = layout_of(p, self._groups, part_sizes=self._part_sizes(p), name=self._name(p))
         if self.tp_mode == "blockwise":
             return lay.block
         return replace(lay, domain=self._groups.domain(working_axes(lay, self.tp_mode)))
 
     def state_layouts(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Layout | None]:
-        """As in the base class; in ``blockwise`` mode only what follows the parameter elementwise has a place in the whole."""
+        """As in the base class; in ``blockwise`` mode only state of the parameter's shape is part of a whole tensor."""
         if self.tp_mode != "blockwise":
             return super().state_layouts(p, group)
         whole = layout_of(p, self._groups, name=self._name(p))
@@ -172,7 +173,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         return {name: spec.layout(whole) if spec.dims == "*" else None for name, spec in specs.items()}
 
     def mode_of(self, p: Tensor) -> str:
-        """The tensor-parallel mode; of ``auto``, what it chose and predicts. All ranks must ask in the same order."""
+        """The tensor-parallel mode; for ``auto`` its choice and prediction. All ranks must call this in the same order."""
         return self._choice(self.layout(p)).label
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
@@ -180,7 +181,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         return {"momentum_buffer": StateSpec("*")}
 
     def traffic(self, layout: Layout) -> tuple[float, int]:
-        """As in the base class: the dearest of the parts, and the largest."""
+        """As in the base class: work of the costliest part, and entries of the largest."""
         choice = self._choice(layout)
         parts = choice.layout.part_layouts
         entries = max(map(TP_MODES[choice.mode].brings, parts))
@@ -206,13 +207,13 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
             )
 
         choice = self._choice(lay)
-        # Cast before the shards travel: half the bytes, and the owner sees what an unsharded run would see.
+        # Casting before shards are sent halves the bytes, and gives the owner the numbers of an unsharded run.
         dtype = compute_dtype(u.dtype, precision)
         x = u.to(dtype) if isinstance(u, Tensor) else replace(u, dtype=dtype)
         return (yield on_matrix(of_matrix, x, choice.layout, choice.mode, relative_cost))
 
     def _choice(self, lay: Layout) -> Choice:
-        """How matrices of ``lay`` come together. All ranks that share parameters ask in the same order."""
+        """Mode for matrices of layout ``lay``. All ranks that share parameters must call this in the same order."""
         if self.ns_plan != "static" and self._plan is None:
             params = [p for group in self.param_groups for p in group["params"]]
             self._plan = plan_for(
@@ -227,7 +228,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         if self.tp_mode != "auto":
             return Choice(self.tp_mode, lay, self.tp_mode)
         if lay not in self._chosen:
-            # All that are here together, because owners share the work of all.
+            # The choice is made for all matrices together, because owners share the work of all.
             params = [p for group in self.param_groups for p in group["params"]]
             counts = Counter(self.layout(p) for p in params)
             counts.setdefault(lay, 1)
@@ -245,7 +246,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
     def _apply(self, p: Tensor, update: Tensor, group: Mapping[str, Any]) -> None:
         lr, decay = float(group["lr"]), group["weight_decay"] if self.weight_decay_method == "decoupled" else 0
         hooked = type(self).pre_weight_update_fn_inplace is not OrthogonalizedOptimizer.pre_weight_update_fn_inplace
-        # In one pass, unless somebody wants to see the whole parameter between decay and update.
+        # By blocks in one pass, unless a hook has to see the whole parameter between decay and update.
         for q, u in [(p, update)] if hooked else row_blocks(p, update):
             if decay:
                 q.add_(q, alpha=-decay * lr)
@@ -254,7 +255,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         self.post_weight_update_fn_inplace(p)
 
     def _agree(self, make: Callable[[], Plan]) -> Plan:
-        """What ``make`` returns on one rank, on all that share parameters; or its error."""
+        """Call ``make`` on one of the ranks that share parameters; return its result, or raise its error, on all of them."""
         domain = self._groups.domain(by_name((self._groups.axis("tp"), self._groups.axis("dp"))))
         made: Any = None
         if domain.index == 0:

@@ -1,1 +1,1 @@
-"""Pieces that several rules share."""
+"""Functions and classes that several rules share."""

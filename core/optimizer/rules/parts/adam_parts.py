@@ -25,7 +25,7 @@ def check_mu_dtype(mu_dtype: str | None) -> None:
 
 
 def bias_corrections(step: Tensor, betas: tuple[float, ...]) -> tuple[float, ...]:
-    """Count ``step``, a scalar on the host, up to t; 1 - βᵗ of each β."""
+    """Advance ``step``, a scalar on the host, by 1 to t in place; returns 1 - βᵗ for each β."""
     t = float(step.add_(1))
     return tuple(1 - beta**t for beta in betas)
 
@@ -51,7 +51,7 @@ def denominators(squares: list[Tensor], scale: float, eps: float, eps_root: floa
 
 
 def per_parameter(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` (B,), one number a parameter, as (B, 1, …, 1) of the dtype and device of ``like`` (B, *shard)."""
+    """``x`` (B,), one number per parameter, as (B, 1, …, 1) in the dtype and on the device of ``like`` (B, *shard)."""
     return x.to(device=like.device, dtype=like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
@@ -79,11 +79,11 @@ def adam_step_(
 
     Args:
         x: A contiguous block of a stack (B, *shard); updated.
-        g: Gradients of the block, or what takes their place; of the same shape.
+        g: Gradients of the block, or tensors in their place; of the same shape.
         s: State :data:`SPECS` of the whole stack; the block of the means is updated. ``step`` counts the steps before this
-            one; the rule is to advance it when it is through with all blocks.
-        group: Holds ``betas`` and ``eps``.
-        at: Place of the block in the stack.
+            one; the calling rule must advance it after the last block.
+        group: Parameter group with ``betas`` and ``eps``.
+        at: Index of the block in the stack.
         lr: Learning rate.
         weight_decay: λ, decoupled.
 
@@ -110,10 +110,10 @@ def fused_adam_(
     """Torch's kernel on lists of tensors; updates ``params`` and ``states`` :data:`SPECS`, whose ``step`` it advances by 1.
 
     Args:
-        params: Contiguous, all of one dtype and device.
-        grads: Theirs.
-        states: State name → their state, of the same dtype; ``step`` a float32 scalar on the same device.
-        group: Holds ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+        params: Contiguous tensors of one dtype and device.
+        grads: Gradients of ``params``.
+        states: State name → state of each tensor, of the same dtype; ``step`` is a float32 scalar on the same device.
+        group: Parameter group with ``lr``, ``betas``, ``eps`` and ``weight_decay``.
         decoupled: False adds weight decay to the gradient.
     """
     beta1, beta2 = group["betas"]

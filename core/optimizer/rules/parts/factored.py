@@ -1,4 +1,4 @@
-"""Second moments kept as a factor per row and one per column, and passes over large shards a cache-sized block at a time."""
+"""Second moments factored into one number per row and one per column, and passes over large shards by blocks."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from ....sharding.state import StateSpec
 
 @dataclass(frozen=True)
 class Factoring:
-    """Which dims of a whole tensor, counted from the end, a factored moment averages over; the rest are a batch of matrices.
+    """Dims of a whole tensor, counted from the end, that a factored moment averages over; other dims are batch dims.
 
     Attributes:
         rows: Dims that the row factor keeps and the column factor averages over.
@@ -36,17 +36,17 @@ class Factoring:
 
 
 def last_two(shape: Sequence[int]) -> Factoring | None:
-    """The last two dims; None below two."""
+    """Factoring by the last two dims; None for fewer than two dims."""
     return Factoring((-2,), (-1,)) if len(shape) > 1 else None
 
 
 def flattened(shape: Sequence[int]) -> Factoring | None:
-    """The last dim against all others taken for one; None below two."""
+    """Factoring by the last dim and all other dims flattened to one; None for fewer than two dims."""
     return Factoring(tuple(range(-len(shape), -1)), (-1,)) if len(shape) > 1 else None
 
 
 def two_largest(shape: Sequence[int]) -> Factoring | None:
-    """The two largest dims, the later ones of equals; None below two."""
+    """Factoring by the two largest dims, the later ones of equal sizes; None for fewer than two dims."""
     if len(shape) < 2:
         return None
     first, second = sorted(sorted(range(-len(shape), 0), key=lambda d: (shape[d], d))[-2:])
@@ -54,7 +54,7 @@ def two_largest(shape: Sequence[int]) -> Factoring | None:
 
 
 def part(x: Tensor, at: At) -> Tensor:
-    """The piece of ``x`` that belongs to the block ``at`` of a tensor which ``x`` is broadcast against."""
+    """The part of ``x`` that broadcasts against the block ``at`` of a tensor, where ``x`` broadcasts against the tensor."""
     return x[tuple(slice(None) if size == 1 else s for size, s in zip(x.shape, at, strict=False))]
 
 
@@ -63,7 +63,7 @@ class SquareSums:
 
     Args:
         like: A tensor of the shard's shape, (B, *shard).
-        dims: What rows and columns are.
+        dims: Dims of rows and columns.
     """
 
     def __init__(self, like: Tensor, dims: Factoring) -> None:
@@ -74,7 +74,7 @@ class SquareSums:
         )
 
     def add(self, square: Tensor, at: At) -> None:
-        """Take in the block ``at``, already squared."""
+        """Add the squared block ``at`` to the sums."""
         part(self.row, at).add_(square.sum(self.dims.cols, keepdim=True))
         part(self.col, at).add_(square.sum(self.dims.rows, keepdim=True))
 
@@ -99,7 +99,7 @@ def inverse_roots(
         lay: Layout of x.
         fresh: Weight of x² in the running means, in (0, 1]; a number or (B, 1, …, 1).
         eps: Added to x².
-        floor: Least value of the mean of ``row`` that V is divided by.
+        floor: Lower bound of the mean of ``row`` in the denominator of V.
 
     Returns:
         r, c, shaped as ``row`` and ``col``, with r·c = V^(-1/2) = (row · col / mean(row))^(-1/2).
@@ -111,25 +111,25 @@ def inverse_roots(
     row.lerp_(rows / prod(lay.shape[d] for d in dims.cols) + eps, fresh)
     col.lerp_(cols / prod(lay.shape[d] for d in dims.rows) + eps, fresh)
     mean = yield lay.mean(row, *dims.rows)
-    # Roots are taken one by one, since the product of two tiny factors is 0 in float32; and each is finite.
+    # Each factor has its own root, because the product of two tiny factors is 0 in float32; the clamp keeps it finite.
     tiny = torch.finfo(row.dtype).tiny
     return (row / mean.clamp_min(floor)).clamp_min_(tiny).rsqrt_(), col.clamp_min(tiny).rsqrt_()
 
 
 def inverse_root(v: Tensor, floor: float = 0.0) -> Tensor:
-    """max(v, floor²)^(-1/2), finite: what is not factored is scaled by."""
+    """max(v, floor²)^(-1/2), always finite: the scale of tensors that are not factored."""
     return v.clamp_min(max(floor**2, torch.finfo(v.dtype).tiny)).rsqrt_()
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Multiplies a shard (B, *shard) by min(r·c, cap), which never exists as a whole.
+    """Multiplication of a shard (B, *shard) by min(r·c, cap), computed block by block.
 
     Attributes:
         r: Factor of the rows, or of the entries.
         c: Factor of the columns, or ones.
-        dims: What rows and columns are; None where ``r`` is of entries.
-        cap: Largest factor, (B, 1, …, 1) or a number; None for any.
+        dims: Dims of rows and columns; None if ``r`` has a factor for each entry.
+        cap: Largest factor, (B, 1, …, 1) or a number; None for no limit.
     """
 
     r: Tensor
@@ -138,18 +138,18 @@ class Scaling:
     cap: Tensor | float | None = None
 
     def times(self, k: Tensor | float) -> "Scaling":
-        """Multiplies by k, (B, 1, …, 1) and not negative, as well."""
+        """This scaling times k, (B, 1, …, 1) and not negative."""
         return replace(self, r=self.r * k, cap=None if self.cap is None else self.cap * k)
 
     def blocks(self, x: Tensor) -> Iterator[tuple[At, Tensor]]:
-        """Where each block of ``x`` is, and a new tensor with its product."""
+        """(index, new tensor with the scaled block) for each block of ``x``."""
         for at in index_blocks(x):
             r, c = part(self.r, at), part(self.c, at)
-            # From the left, a zero stays one even where r·c overflows.
+            # Multiplied from the left, a zero stays zero even if r·c overflows.
             yield at, (x[at] * r).mul_(c) if self.cap is None else (r * c).clamp_(max=self.cap).mul_(x[at])
 
     def subtract_(self, p: Tensor, x: Tensor, keep: Tensor | float | None = None) -> None:
-        """p ← keep · p - the product of ``x``; None keeps all of p."""
+        """p ← keep · p - scaled ``x``, in place; None means a ``keep`` of 1."""
         for at in index_blocks(x):
             piece = p[at]
             if keep is not None:
@@ -161,7 +161,7 @@ class Scaling:
                 piece.addcmul_((r * c).clamp_(max=self.cap), x[at], value=-1)
 
     def rms(self, x: Tensor, lay: Layout) -> Reduce:
-        """Root mean square, over the whole tensor, of the product with ``x``; (B, 1, …, 1)."""
+        """Root mean square of the scaled ``x`` over the whole tensor; (B, 1, …, 1)."""
         if self.dims is None or self.cap is not None:
             return rms((u for _, u in self.blocks(x)), lay)
         rows = torch.zeros_like(self.r)
@@ -178,7 +178,7 @@ def rms(pieces: Iterable[Tensor], lay: Layout) -> Reduce:
 
 
 def _square_norm(x: Tensor) -> Tensor:
-    # Dim by dim: that reads x in order and on all threads, and adds up few numbers at a time.
+    # A reduction dim by dim reads x in order and on all threads, and each sum has few terms.
     for dim in range(x.ndim - 1, 0, -1):
         x = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x.square()

@@ -21,23 +21,23 @@ Projector = Literal["normal", "orthogonal", "online_pca"]
 Orthonormalize = Literal["none", "qr", "norm"]
 
 FIRST_FIT = 100
-"""Largest number of gradient steps of the first fit; later ones take one."""
+"""Largest number of gradient steps in the first fit; later fits take one step."""
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Which dim of the whole matrix is projected and which one is kept, counted from the end."""
+    """The projected and the kept dim of the whole matrix, counted from the end."""
 
     projected: int
     kept: int
 
     @classmethod
     def of(cls, lay: Layout) -> "Sides":
-        """The shorter dim is projected; of a square matrix, the columns."""
+        """Sides for a matrix of layout ``lay``: the shorter dim is projected, or dim -1 of a square matrix."""
         return cls(-2, -1) if lay.shape[-2] < lay.shape[-1] else cls(-1, -2)
 
     def turned(self, x: Tensor) -> Tensor:
-        """(B, rows, cols) as (B, d, k), or back."""
+        """``x`` transposed from (B, rows, cols) to (B, d, k), or back."""
         return x if self.projected == -2 else x.mT
 
     def letter(self, dim: int) -> str:
@@ -46,7 +46,7 @@ class Sides:
 
 
 def projection_specs(group: Mapping[str, Any], lay: Layout) -> dict[str, StateSpec]:
-    """``projection`` (d, rank), for online PCA; what is random is drawn again instead of kept."""
+    """The state ``projection`` (d, rank) of online PCA; no state for random projections, which can be drawn again."""
     sides = Sides.of(lay)
     letters = sides.letter(sides.projected) + "r"
     return {"projection": StateSpec(letters, rank=group["rank"])} if group["projector"] == "online_pca" else {}
@@ -111,8 +111,8 @@ def fit(a: Tensor, x: Tensor, lay: Layout, max_steps: int, orthonormalize: Ortho
         a: A, (1, d, rank).
         x: X, (1, d, k).
         lay: Layout of the matrix.
-        max_steps: Stop here, or when a step has lowered the mean by no more than 1e-4·var(X).
-        orthonormalize: After each step: ``qr``, by Cholesky of AᵀA, the columns' ``norm``, or ``none``.
+        max_steps: Largest number of steps; they end earlier when one lowers the mean by no more than 1e-4·var(X).
+        orthonormalize: Change of A after each step: ``qr``, by Cholesky of AᵀA; ``norm``, of the columns; or ``none``.
     """
     sides, size = Sides.of(lay), math.prod(lay.shape)
     mean = yield lay.mean(x)
@@ -133,7 +133,7 @@ def _orthonormalize(a: Tensor, lay: Layout, sides: Sides, how: Orthonormalize) -
     if how == "norm":
         a.div_((yield lay.across(a.square().sum(-2, keepdim=True), sides.projected)).sqrt())
     if how == "qr":
-        # The slope is orthogonal to A's columns, so AᵀA is at least the identity: squaring it costs no accuracy.
+        # The slope is orthogonal to A's columns, so AᵀA is at least the identity and forming it costs no accuracy.
         gram = yield lay.across(a.double().mT @ a.double(), sides.projected)
         r = torch.linalg.cholesky_ex(gram).L.mT
         a.copy_(torch.linalg.solve_triangular(r, a.double(), upper=True, left=False))
