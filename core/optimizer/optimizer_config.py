@@ -37,7 +37,7 @@ class OptimizerConfig:
         sgd_nesterov: Nesterov momentum of SGD.
         muon_momentum: Momentum of Muon.
         muon_nesterov: Nesterov momentum of Muon.
-        muon_split_qkv: Orthogonalize q, k and v of a fused weight apart.
+        muon_split_qkv: Whether q, k and v of a fused weight are orthogonalized separately.
         muon_scale_mode: ``spectral``, ``shape_scaling`` or ``unit_rms_norm``.
         muon_fp32_matmul_prec: ``medium`` (bfloat16), ``high`` or ``highest``.
         muon_coefficient_type: Set of Newton-Schulz coefficients.
@@ -45,8 +45,8 @@ class OptimizerConfig:
         muon_tp_mode: ``owner``, ``distributed``, ``duplicated``, ``auto``, or ``blockwise``, which is not exact.
         muon_extra_scale_factor: Additional factor of Muon's update.
         adaptive_muon_moment2_method: ``adamuon``, ``normuon`` or ``namo``.
-        adaptive_muon_beta2: Decay of its second moment.
-        adaptive_muon_eps: Added to its denominator.
+        adaptive_muon_beta2: Decay of adaptive Muon's second moment.
+        adaptive_muon_eps: Number added to adaptive Muon's denominator.
         settings: Settings that are not fields, ``{"lion_betas": (0.9, 0.98)}``, given here or as keywords; each becomes an
             attribute.
 
