@@ -194,14 +194,7 @@ def _flag(setting: Setting) -> Flag:
     if setting.default not in (None, inspect.Parameter.empty):
         values = setting.default if isinstance(setting.default, tuple) else (setting.default,)
         about += f" (default: {' '.join(map(str, values))})"
-    return Flag(
-        about,
-        setting.kind,
-        choices=setting.choices,
-        many=setting.many,
-        length=setting.length,
-        optional=setting.optional,
-    )
+    return Flag(about, setting)
 
 
 def flag_of(name: str) -> str:
@@ -265,7 +258,7 @@ def _parser(groups: Mapping[str, Mapping[str, Flag]]) -> _Parser:
     for name, flag in FLAGS.items():
         default = getattr(defaults, name)
         about = flag.help + (f" (default: {default})" if default not in (None, ()) else "")
-        _add(parser, name, flag, about, "extend" if flag.many else "store")
+        _add(parser, name, flag, about, "extend" if flag.setting.many else "store")
     added: set[str] = set()
     for optimizer, flags in groups.items():
         if new := {name: flag for name, flag in flags.items() if name not in added}:
@@ -280,7 +273,7 @@ def _add(parser: argparse._ActionsContainer, name: str, flag: Flag, about: str, 
     option = flag_of(name)
     common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
     about = about.replace("%", "%%")
-    if flag.kind is bool and not flag.many:
+    if flag.setting.kind is bool and not flag.setting.many:
         off = ["--no-" + option[2:]]
         if option.startswith("--muon-"):
             off.append(option.replace("--muon-", "--muon-no-"))
