@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def test_only_the_engine_communicates() -> None:
         if COMMUNICATION.match(full)
     ]
     assert not wrong, f"rules yield requests, and the engine answers them: {wrong}"
+
+
+def test_every_module_is_named_once_in_the_architecture() -> None:
+    section = (ROOT / "ARCHITECTURE.md").read_text().partition("## Files")[2].partition("\n## ")[0]
+    named = Counter(path.rpartition("/")[2] for path in re.findall(r"`([\w/]+\.py)`", section))
+    there = Counter(
+        path.name for path in MODULES if path.is_relative_to(ROOT / "core") or path.is_relative_to(ROOT / "tools")
+    )
+    for name in ("__init__.py", "__main__.py"):
+        del named[name], there[name]
+    assert named - there == Counter() == there - named, f"not in the tree: {named - there}; not named: {there - named}"
 
 
 def test_no_test_is_imported() -> None:
