@@ -3,11 +3,11 @@
 A fused weight is split where the model splits its output: attention's weight into queries (and gates), keys and values; weights
 of multi-head latent attention into the rotated and the unrotated part; the first weight of a gated MLP into gate and up.
 
-For any other weight say it yourself, before the optimizer is built: ``p.matrix_parts = (rows, rows, ...)``, rows of the whole
+For any other weight, say it yourself before the optimizer is built: ``p.matrix_parts = (rows, rows, ...)``, rows of the whole
 weight, whatever the tensor parallelism. The sizes repeat over all rows, and what repeats is one matrix: (64, 64) on 512 rows are
 two matrices of 256 rows, eight times 64 are eight of 64. ``p.matrix_parts = (all rows,)`` keeps a fused weight one matrix. An
-attribute that a parameter already has wins over the split made here. ``p.use_muon = False`` leaves a weight to the Adam beside a matrix
-optimizer.
+attribute that a parameter already has wins over the split made here. ``p.use_muon = False`` leaves a weight to the Adam that
+stands beside a matrix optimizer.
 """
 
 import re
