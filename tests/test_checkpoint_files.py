@@ -302,7 +302,7 @@ def test_a_save_that_failed_in_the_background_is_told(tmp_path, monkeypatch):
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("core.checkpoint.directory.commit", fail)
+    monkeypatch.setattr("core.checkpoint.saving.commit", fail)
     run.save(4, background=background)
     with pytest.raises(CheckpointError, match=r"No space left on device. Earlier checkpoints are as they were"):
         run.save(5, background=background)
