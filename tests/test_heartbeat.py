@@ -66,9 +66,8 @@ def job(fault: str, tmp_path: Path, text: Path, minutes: float) -> str:
 @pytest.mark.soak
 def test_a_rank_that_sleeps(tmp_path, text):
     said = job("forward:2:1:3:sleep", tmp_path, text, 0.1)
-    stuck = (
-        r"rank 1 is stuck in step 3, forward, at decoder\.layers\.0\.self_attention\.linear_proj, tests/faulty_job\.py"
-    )
+    place = r"decoder\.layers\.0\.self_attention\.linear_proj, tests/support/faulty_job\.py"
+    stuck = f"rank 1 is stuck in step 3, forward, at {place}"
     waits = r"Waiting for it: rank 0 in step 3, forward, at decoder\.layers\.\d\.\S+, tools/pretrain/model\.py:\d+ in forward"
     assert re.search(f"pretrain: error: {stuck}.*{waits}.*--distributed-timeout-minutes 0.1", said), said
 
