@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines = [line for name in OPTIMIZERS for line in run(options, name, Path(folders[0]) / name)]
             dist.barrier()
     except (UsageError, checkpoint.CheckpointError) as error:
-        refuse(error, rank=launch.rank, program="bench_checkpoint")
+        refuse(error, rank=launch.rank, program="bench.checkpoint")
     for row in (HEAD, ("---",) * len(HEAD), *lines) if launch.rank == 0 else ():
         print(f"| {' | '.join(row)} |")
 

@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _groups(options, rank) as (fake, real):
             measured = run(options, fake, real)
     except UsageError as error:
-        refuse(error, rank=rank, program="bench_memory")
+        refuse(error, rank=rank, program="bench.memory")
     if rank == 0:
         print("\n".join(format_rows(rows(measured, options.layers, 4 * options.hidden**2))))
 

@@ -157,7 +157,11 @@ def lines(name: str, seconds: dict[str, list[float]]) -> Iterator[tuple[str, ...
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.optimizers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--names", nargs="+", choices=sorted(PEERS), default=list(PEERS), metavar="NAME")
     parser.add_argument("--reps", type=int, default=7, help="steps that count (default: 7)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -17,9 +17,9 @@ VOCAB_SIZE = 264
 """The bytes, the end of a document, and what makes it a multiple of 8."""
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser of what every example takes; each adds its own."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(example: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all examples share; ``example`` is the name of the module, which adds its own flags."""
+    parser = argparse.ArgumentParser(prog=f"python -m tools.examples.{example}", description=description)
     parser.add_argument("--optimizer", default="muon", help="any name that core.optimizer knows")
     parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument(

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError("--out", str(options.out), problem, possible=".png, .pdf, .svg") from None
         schedule = make_schedule(args.lr_decay_style, **settings_of_run(args, args.lr, args.min_lr, start))
     except UsageError as error:
-        refuse(error, rank=0, program="plot_schedule")
+        refuse(error, rank=0, program="plot.schedule")
     print("\n".join([*describe(parts, schedule, args.lr), f"wrote {options.out}"]))
 
 

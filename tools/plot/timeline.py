@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError:
         refuse(UsageError("--out", str(options.out), "drawing needs matplotlib", hint="pip install matplotlib"), rank=0)
     except UsageError as error:
-        refuse(error, rank=0, program="plot_timeline")
+        refuse(error, rank=0, program="plot.timeline")
     for title, spans in steps.items():
         print(f"{title}\n{table(spans)}")
     print(f"wrote {options.out}")
