@@ -13,8 +13,29 @@ from torch import Tensor
 from .layout import Layout
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateTensor:
+    """What every declaration of a state tensor says, whichever way it says the shape.
+
+    Attributes:
+        dtype: Dtype of the state; None for the parameter's, but at least float32.
+        host: Whether the state stays in host memory, where a step reads it without waiting for the device.
+    """
+
+    dtype: torch.dtype | None = None
+    host: bool = False
+
+    def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
+        """The dtype of the state of a parameter of dtype ``parameter``."""
+        return self.dtype or torch.promote_types(parameter, torch.float32)
+
+    def device_for(self, parameter: torch.device) -> torch.device:
+        """The device of the state of a parameter on ``parameter``."""
+        return torch.device("cpu") if self.host else parameter
+
+
 @dataclass(frozen=True)
-class StateSpec:
+class StateSpec(StateTensor):
     """How one state tensor relates to its parameter.
 
     Attributes:
@@ -23,17 +44,13 @@ class StateSpec:
             parameter's dim at the same place, ``1`` is a reduced dim of size 1, ``r`` a dim of size ``rank``.
             The empty string is a scalar per parameter.
         init: Values before the first step: zeros or the identity matrix.
-        dtype: Dtype of the state; None for the parameter's, but at least float32.
         narrow: Whether, with ``dtype`` None, the state has the parameter's dtype even when that has 16 bits.
-        host: Whether the state stays in host memory, where a step reads it without waiting for the device.
         rank: Size of the dims called ``r``.
     """
 
     dims: str = "*"
     init: Literal["zeros", "eye"] = "zeros"
-    dtype: torch.dtype | None = None
     narrow: bool = False
-    host: bool = False
     rank: int = 1
 
     def layout(self, parameter: Layout) -> Layout:
@@ -58,13 +75,13 @@ class StateSpec:
 
     def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
         """The dtype of the state of a parameter of dtype ``parameter``."""
-        return self.dtype or (parameter if self.narrow else torch.promote_types(parameter, torch.float32))
+        return parameter if self.narrow and self.dtype is None else super().dtype_for(parameter)
 
     def allocate(self, parameter: Layout, count: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A stack of ``count`` fresh state tensors, (count, *shard), for parameters of ``dtype``."""
         shape = self.layout(parameter).local_shape
         dtype = self.dtype_for(dtype)
-        device = torch.device("cpu") if self.host else device
+        device = self.device_for(device)
         if self.init == "eye":
             return torch.eye(shape[-1], dtype=dtype, device=device).expand(count, *shape).clone()
         return torch.zeros(count, *shape, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from ...process_groups_config import ProcessGroupCollection
 from ..steps.argument_checks import check_adam, positive, whole_number
 from ..steps.weight_decay import decay_
-from ..steps.whole_tensor import WholeMode, WholeState, WholeStep
+from ..steps.whole_tensor import STEP_COUNT, WholeMode, WholeState, WholeStep
 
 LEVELS = 15
 """Steps between the smallest and the largest value of a block in 4 bits."""
@@ -97,7 +97,7 @@ class MicroAdam(WholeStep):
         entries = sum(_largest(n, group["density"]) for n in _blocks(size, group["block_size"]))
         ends = WholeState((-(-size // group["quant_block_size"]),))
         return {
-            "step": WholeState((), dtype=torch.float32, host=True),
+            "step": STEP_COUNT,
             "indices": WholeState((group["window"], entries), dtype=torch.int16),
             "values": WholeState((group["window"], entries), dtype=torch.bfloat16 if group["bf16_window"] else None),
             "error": WholeState((-(-size // 2),), dtype=torch.uint8),

@@ -19,8 +19,7 @@ from ...philox import Key, normal
 from ...process_groups_config import ProcessGroupCollection
 from ..steps.argument_checks import choice, fraction, non_negative, positive, whole_number
 from ..steps.weight_decay import decay_
-from ..steps.whole_tensor import WholeMode, WholeState, WholeStep
-from .shampoo_soap import STEP
+from ..steps.whole_tensor import STEP_COUNT, WholeMode, WholeState, WholeStep
 
 BETA_LIPSCHITZ = 0.95
 """Decay of the running bound on the curvature of a factor's objective."""
@@ -139,14 +138,13 @@ class WhiteKron(WholeStep):
         For N blocks of (d, e), row by row: ``Ql{k}`` (N, d, d) and ``Qr{k}`` (N, e, e), or (N, d) and (N, e) where diagonal, in
         ``precond_dtype``; ``Ll{k}`` and ``Lr{k}`` (N,).
         """
-        specs = {"step": STEP, "momentum": WholeState(shape)}
+        specs = {"step": STEP_COUNT, "momentum": WholeState(shape)}
         for k, region in enumerate(self._regions(shape)):
             for side, size in zip("lr", region.block, strict=True):
-                n, dtype = region.blocks, self.precond_dtype
-                diagonal = size > self.max_size_dense
-                specs[f"Q{side}{k}"] = (
-                    WholeState((n, size), 1.0, dtype) if diagonal else WholeState((n, size, size), "eye", dtype)
-                )
+                n, diagonal = region.blocks, size > self.max_size_dense
+                first: float | Literal["eye"] = 1.0 if diagonal else "eye"
+                dims = (n, size) if diagonal else (n, size, size)
+                specs[f"Q{side}{k}"] = WholeState(dims, first, dtype=self.precond_dtype)
                 specs[f"L{side}{k}"] = WholeState((n,))
         return specs
 

@@ -12,12 +12,9 @@ from ...linalg.roots import eigen, matrix_inverse_root
 from ...process_groups_config import ProcessGroupCollection
 from ..steps.argument_checks import choice, fraction, non_negative, positive, whole_number
 from ..steps.weight_decay import decay_
-from ..steps.whole_tensor import WholeMode, WholeState, WholeStep
+from ..steps.whole_tensor import STEP_COUNT, WholeMode, WholeState, WholeStep
 
 Graft = Literal["none", "sgd", "adagrad"]
-
-STEP = WholeState((), dtype=torch.float32, host=True)
-"""Number of gradients seen."""
 
 
 class DenseFactors(WholeStep):
@@ -94,7 +91,7 @@ class Shampoo(DenseFactors):
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         """``L``, ``L_root`` (m, m); ``R``, ``R_root`` (n, n); ``momentum``, ``diagonal`` (m, n); ``step``."""
         left, right, full = WholeState((shape[0],) * 2), WholeState((shape[1],) * 2), WholeState(shape)
-        specs = {"step": STEP, "L": left, "R": right, "L_root": left, "R_root": right}
+        specs = {"step": STEP_COUNT, "L": left, "R": right, "L_root": left, "R_root": right}
         if group["momentum"] > 0:
             specs["momentum"] = full
         if group["grafting"] == "adagrad":
@@ -192,7 +189,7 @@ class Soap(DenseFactors):
 
     def whole_specs(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> Mapping[str, WholeState]:
         """``exp_avg``, ``exp_avg_sq`` (m, n); ``L``, ``Q_L`` (m, m); ``R``, ``Q_R`` (n, n); ``step``."""
-        specs = {"step": STEP, "exp_avg": WholeState(shape), "exp_avg_sq": WholeState(shape)}
+        specs = {"step": STEP_COUNT, "exp_avg": WholeState(shape), "exp_avg_sq": WholeState(shape)}
         for side, size in zip("LR", shape, strict=True):
             if size <= group["max_precond_dim"]:
                 specs[side] = specs[f"Q_{side}"] = WholeState((size, size))

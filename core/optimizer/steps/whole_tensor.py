@@ -18,7 +18,7 @@ from ...sharding.dealing import deal_to_least
 from ...sharding.layout import Layout, Split
 from ...sharding.parameter_layout import layout_of, local, local_gradient
 from ...sharding.requests import Rule
-from ...sharding.state import sizes
+from ...sharding.state import StateTensor, sizes
 from ...sharding.tp_modes import Deferred, work_at
 from .argument_checks import choice
 from .base import ShardedStep, check_gradients
@@ -28,23 +28,19 @@ WholeMode = tp_modes.WholeMode
 
 
 @dataclass(frozen=True)
-class WholeState:
-    """One state tensor of one whole tensor.
+class WholeState(StateTensor):
+    """One state tensor of one whole tensor, by its own shape.
 
     Attributes:
         shape: Sizes of the tensor; () is kept as (1,).
         init: Value before the first step: a number everywhere, or ``eye``.
-        dtype: Dtype; None for the parameter's, but at least float32.
-        host: Keep it in host memory.
     """
 
     shape: tuple[int, ...]
     init: float | Literal["eye"] = 0.0
-    dtype: torch.dtype | None = None
-    host: bool = False
 
     def layout(self, home: "Home") -> Layout:
-        """Where it lives."""
+        """Where the tensor lives: on its owner, or on all ranks."""
         shape = self.shape or (1,)
         if home.owner is None:
             return Layout.whole(shape)
@@ -52,21 +48,17 @@ class WholeState:
         axis = Axis("+".join(home.domain.axes), tuple(range(home.domain.size)), home.domain.index, home.domain.group)
         return Layout(shape, (Split(axis, held), *(None for _ in shape[1:])))
 
-    def dtype_for(self, parameter: torch.dtype) -> torch.dtype:
-        """The state's dtype when the parameter has dtype ``parameter``."""
-        return self.dtype or torch.promote_types(parameter, torch.float32)
-
-    def device_for(self, parameter: torch.device) -> torch.device:
-        """The state's device when the parameter is on ``parameter``."""
-        return torch.device("cpu") if self.host else parameter
-
     def allocate(self, home: "Home", like: Tensor) -> Tensor:
-        """A fresh one for a parameter like ``like``; without entries where it does not live."""
+        """A fresh tensor for a parameter like ``like``; without entries on ranks that do not keep it."""
         shape = self.layout(home).local_shape
         dtype, device = self.dtype_for(like.dtype), self.device_for(like.device)
         if self.init == "eye":
             return torch.eye(*shape[-2:], dtype=dtype, device=device).expand(shape).clone()
         return torch.full(shape, self.init, dtype=dtype, device=device)
+
+
+STEP_COUNT = WholeState((), dtype=torch.float32, host=True)
+"""Number of gradients that the optimizer has seen of a parameter."""
 
 
 @dataclass(frozen=True)
