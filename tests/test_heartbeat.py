@@ -95,7 +95,7 @@ def fails(store: dist.Store, error: Exception, *others: Beat) -> str:
     heart = Heartbeat(store, 0, 1 + len(others), timedelta(seconds=30))
     for rank, beat in enumerate(others, 1):
         told = Heartbeat(store, rank, 1 + len(others), timedelta(seconds=30))
-        told._mine = beat
+        told._own_beat = beat
         told._write()
     heart.at("clip", 7)
     with pytest.raises(LostRankError) as raised, heart.watch():
