@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from .cache_blocks import BLOCK_BYTES
 from .sharding.layout import Layout
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -26,7 +27,7 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
 # Entries drawn at a time, by type of device: about a dozen int64 tensors of this size exist at once.
-_BLOCK_ENTRIES = {"cpu": 2**15}
+_BLOCK_ENTRIES = {device: size // 16 for device, size in BLOCK_BYTES.items()}
 _DEFAULT_BLOCK_ENTRIES = 2**24
 
 

@@ -45,7 +45,7 @@ def test_without_flags_the_defaults_hold_and_are_valid_themselves():
     assert parse_arguments([]) == Arguments()
     for name, flag in FLAGS.items():
         default = getattr(Arguments(), name)
-        assert flag.convert(list(default) if flag.many else default, flag_of(name)) == default
+        assert flag.convert(list(default) if flag.setting.many else default, flag_of(name)) == default
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
-from tools.bench import cases as bench_cases
+from tools.bench import cases
 from tools.bench import command as bench
 from tools.bench.measure import count_collectives
 
@@ -18,9 +18,9 @@ MODES = {"duplicated": 1, "distributed": 4, "owner": 4, "blockwise": 0}
 
 def collectives(layers: int, mode: str, hidden: int = 16) -> int:
     """In one step on ``layers`` layers, cut over all ranks."""
-    makers = bench_cases.tensor_parallel("highest", dist.group.WORLD)
-    matrices = bench_cases.gpt_matrices(hidden, layers)
-    (candidate,) = bench_cases.candidates(makers, matrices, dist.group.WORLD, [f"shardstep {mode}"])
+    makers = cases.tensor_parallel("highest", dist.group.WORLD)
+    matrices = cases.gpt_matrices(hidden, layers)
+    (candidate,) = cases.candidates(makers, matrices, dist.group.WORLD, [f"shardstep {mode}"])
     return count_collectives(candidate.optimizer)
 
 

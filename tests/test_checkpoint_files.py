@@ -14,48 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from core.checkpoint import Background, CheckpointError, load, save
 from core.checkpoint.directory import TRACKER
-from core.optimizer.rules.adam import AdamW
-from tests.support.small_run import noise
-
-STEPS = (1, 2, 3)
-NEWEST = "iter_0000003"
-
-
-class Saved:
-    """Three checkpoints in a directory, and what one must find in them."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
-        self.optimizer = AdamW(self.net.parameters())
-        for step in STEPS:
-            self.save(step)
-
-    def save(self, step: int, **kwargs: object) -> Path:
-        self._fill(step)
-        return save(self.directory, step=step, model_chunks=[self.net], optimizer=self.optimizer, **kwargs)
-
-    def load(self, directory: Path | None = None, **kwargs: object) -> int:
-        """Step that was loaded; an error unless every entry is of that step."""
-        self._fill(0)
-        loaded = load(directory or self.directory, model_chunks=[self.net], optimizer=self.optimizer, **kwargs)
-        found = [x.clone() for x in self._tensors()]
-        self._fill(loaded.step)
-        assert all(torch.equal(x, y) for x, y in zip(found, self._tensors(), strict=True))
-        return loaded.step
-
-    def _tensors(self) -> list[torch.Tensor]:
-        parameters = list(self.net.parameters())
-        state = [self.optimizer.state[p][slot] for p in parameters for slot in ("exp_avg", "exp_avg_sq")]
-        return [p.data for p in parameters] + state
-
-    def _fill(self, step: int) -> None:
-        for i, x in enumerate(self._tensors()):
-            x.copy_(noise(f"{step} {i}", x.shape))
+from tests.support.saved_steps import NEWEST, STEPS, Saved
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +160,7 @@ def test_the_newest_stay(tmp_path):
 def test_a_second_job_does_not_save_to_the_directory(tmp_path):
     run = Saved(tmp_path)
     script = (
-        "import sys; from pathlib import Path; from tests.test_checkpoint_files import Saved\n"
+        "import sys; from pathlib import Path; from tests.support.saved_steps import Saved\n"
         "try: Saved(Path(sys.argv[1]))\nexcept RuntimeError as error: print(error)"
     )
     command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
@@ -302,7 +264,7 @@ def test_a_save_that_failed_in_the_background_is_told(tmp_path, monkeypatch):
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("core.checkpoint.directory.commit", fail)
+    monkeypatch.setattr("core.checkpoint.saving.commit", fail)
     run.save(4, background=background)
     with pytest.raises(CheckpointError, match=r"No space left on device. Earlier checkpoints are as they were"):
         run.save(5, background=background)

@@ -8,7 +8,7 @@ from statistics import median
 import pytest
 
 from tests.support.processes import on_ranks, train
-from tools.pretrain import job as pretrain
+from tools.pretrain import job
 
 STEPS, SAVES = 500, 50
 SETTLED, WINDOW = 100, 50
@@ -24,7 +24,7 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-class Watch(pretrain.Progress):
+class Watch(job.Progress):
     """Notes after every step what the process has."""
 
     def tick(self, step: int) -> None:
@@ -37,7 +37,7 @@ SEEN: list[tuple[int, int, int]] = []
 
 
 def one_rank(rank: int, flags: list[str], out: Path) -> None:
-    pretrain.Progress = Watch  # type: ignore[misc]
+    job.Progress = Watch  # type: ignore[misc]
     train(rank, flags)
     (out / f"{rank}.json").write_text(json.dumps(SEEN))
 

@@ -21,7 +21,7 @@ from core.linalg.newton_schulz_cost import total_flops
 from core.process_groups_config import ProcessGroupCollection
 from core.sharding.dealing import deal_to_least
 from core.sharding.layout import Layout
-from tools.bench import cases as bench_cases
+from tools.bench import cases
 from tools.bench.measure import count_collectives
 from tools.plan.validate import cuts_short
 
@@ -133,13 +133,13 @@ def test_operations_are_those_that_are_executed(shape, dtype, iterations):
 
 def check_collectives(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large shapes fill several waves, those of 64 all fit one. Products at ``medium`` are slow on many processors: a quarter."""
-    cases = [("medium", 2, 256, 1, 2**18), ("highest", 4, 512, 2, 2**20)]
-    for precision, itemsize, large, layers, wave in cases:
+    sizes = [("medium", 2, 256, 1, 2**18), ("highest", 4, 512, 2, 2**20)]
+    for precision, itemsize, large, layers, wave in sizes:
         monkeypatch.setenv(engine.WAVE, str(wave))
-        for benchmark in (bench_cases.gpt_matrices(large, layers), bench_cases.gpt_matrices(64, 3)):
+        for benchmark in (cases.gpt_matrices(large, layers), cases.gpt_matrices(64, 3)):
             matrices = [Matrices(1, m.rows, m.cols, ranks, 1, cuts_short(m), itemsize) for m in benchmark]
-            makers = bench_cases.tensor_parallel(precision, dist.group.WORLD)
-            for candidate in bench_cases.candidates(makers, benchmark, dist.group.WORLD, [bench_cases.OURS]):
+            makers = cases.tensor_parallel(precision, dist.group.WORLD)
+            for candidate in cases.candidates(makers, benchmark, dist.group.WORLD, [cases.OURS]):
                 mode = candidate.name.split()[-1]
                 predicted = predict(mode, matrices, UNIT, wave=wave).collectives
                 assert predicted == count_collectives(candidate.optimizer), (precision, benchmark[0], mode)

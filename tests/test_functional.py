@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from core.optimizer import emerging_optimizers as registry
+from core.optimizer import registry
 from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
 from core.optimizer.functional.as_functions import FunctionalOptimizer, OptimizerState
 from core.optimizer.functional.builders import (

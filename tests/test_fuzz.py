@@ -35,11 +35,11 @@ def flags(draw: Any) -> list[str]:
     line = []
     for name in draw(st.lists(st.sampled_from(sorted(SMALL)), max_size=4, unique=True)):
         flag = FLAGS[name]
-        choices = [*(flag.choices() if callable(flag.choices) else flag.choices)]
+        choices = [*flag.texts]
         values = st.sampled_from(choices) if choices else WORDS
         if name in SIZES:
             values = st.integers(-1, 64).map(str)
-        count = 0 if flag.kind is bool and not flag.many else draw(st.integers(0, 2))
+        count = 0 if flag.setting.kind is bool and not flag.setting.many else draw(st.integers(0, 2))
         line += [flag_of(name), *(draw(values) for _ in range(count))]
     return line
 

@@ -66,9 +66,8 @@ def job(fault: str, tmp_path: Path, text: Path, minutes: float) -> str:
 @pytest.mark.soak
 def test_a_rank_that_sleeps(tmp_path, text):
     said = job("forward:2:1:3:sleep", tmp_path, text, 0.1)
-    stuck = (
-        r"rank 1 is stuck in step 3, forward, at decoder\.layers\.0\.self_attention\.linear_proj, tests/faulty_job\.py"
-    )
+    place = r"decoder\.layers\.0\.self_attention\.linear_proj, tests/support/faulty_job\.py"
+    stuck = f"rank 1 is stuck in step 3, forward, at {place}"
     waits = r"Waiting for it: rank 0 in step 3, forward, at decoder\.layers\.\d\.\S+, tools/pretrain/model\.py:\d+ in forward"
     assert re.search(f"pretrain: error: {stuck}.*{waits}.*--distributed-timeout-minutes 0.1", said), said
 
@@ -96,7 +95,7 @@ def fails(store: dist.Store, error: Exception, *others: Beat) -> str:
     heart = Heartbeat(store, 0, 1 + len(others), timedelta(seconds=30))
     for rank, beat in enumerate(others, 1):
         told = Heartbeat(store, rank, 1 + len(others), timedelta(seconds=30))
-        told._mine = beat
+        told._own_beat = beat
         told._write()
     heart.at("clip", 7)
     with pytest.raises(LostRankError) as raised, heart.watch():

@@ -14,8 +14,8 @@ import pytest
 from core.optimizer.chained import Assignment
 from tools.check_layouts import Layout, largest_difference, train
 from tools.plot import losses as plot
-from tools.pretrain import job as pretrain
 from tools.pretrain.arguments import parse_arguments
+from tools.pretrain.job import main
 from tools.pretrain.report import Progress, Record, RunLog, read_log, startup_table
 from tools.pretrain.resume import changed_flags
 
@@ -35,7 +35,7 @@ def job(tmp_path, job_text):
     """Runs the main job in this process; gives the rows of its log."""
 
     def run(name: str, *flags: str) -> list[Record]:
-        pretrain.main([*TINY, "--data-path", job_text, "--log-dir", str(tmp_path / name), *flags])
+        main([*TINY, "--data-path", job_text, "--log-dir", str(tmp_path / name), *flags])
         return read_log(tmp_path / name)
 
     return run

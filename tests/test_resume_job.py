@@ -41,7 +41,7 @@ FAMILIES = {
     "shampoo": "--lr 1e-3",
     "quad": "--lr 1e-3",
     "adaptive_muon": "",
-    # With the library's own epsilon rounding is amplified; see the limits in README.md.
+    # With the library's own epsilon rounding is amplified; see docs/optimizers.md.
     "eo_soap": "--lr 1e-3 --eo-soap-eps 1e-2",
 }
 

@@ -170,9 +170,9 @@ def test_embedding_modules_are_no_matrices_whatever_they_are_called():
     assert {a.name: a.optimizer for a in chain.assignments()} == {"wte.weight": "adamw", "fc.weight": "muon"}
 
 
-def test_a_class_is_no_entry():
-    with pytest.raises(TypeError, match="EmergingOptimizerEntry"):
-        register_optimizer("foo", torch.optim.SGD)
+def test_an_instance_is_no_entry():
+    with pytest.raises(TypeError, match="is no optimizer class and no EmergingOptimizerEntry"):
+        register_optimizer("foo", torch.optim.SGD([torch.ones(1)]))
 
 
 @pytest.mark.mpi(min_size=2)

@@ -202,3 +202,20 @@ def test_settings_are_keywords_of_the_config():
         OptimizerConfig(optimizer="soap", soap_eps="small")
     with pytest.raises(ValueError, match="muon_momentum is 'much'"):
         OptimizerConfig(muon_momentum="much")
+
+
+@dataclasses.dataclass
+class Extended(OptimizerConfig):
+    """A config with a field of its own."""
+
+    warmup: int = 3
+
+
+def test_a_config_can_be_extended():
+    config = Extended(lr=0.1, warmup=5, settings={"soap_eps": 1e-2})
+    assert (config.warmup, config.soap_eps) == (5, 1e-2)
+    assert Extended.from_dict({"soap_eps": 1e-3}).soap_eps == 1e-3
+    with pytest.raises(ValueError, match="lr is 'small'"):
+        Extended(lr="small")
+    assert "muon_tp_mode" in inspect.signature(OptimizerConfig).parameters
+    assert OptimizerConfig("muon", 0.1, 0.01).min_lr == 0.01

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -158,6 +159,40 @@ def test_only_the_engine_communicates() -> None:
         if COMMUNICATION.match(full)
     ]
     assert not wrong, f"rules yield requests, and the engine answers them: {wrong}"
+
+
+FAMILIES = {
+    ("adaptive_muon", "muon"),
+    ("adaptive_muon", "tensor_parallel_muon"),
+    ("muon_optax", "tensor_parallel_muon"),
+    ("tensor_parallel_muon", "muon"),
+}
+"""Files of core/optimizer/rules that import another one there: a class and the rule or the class it is built on."""
+
+
+def test_a_rule_imports_no_other_rule() -> None:
+    folder = ROOT / "core/optimizer/rules"
+    imports = {
+        (path.stem, node.module)
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and node.level == 1
+        and node.module
+        and (folder / f"{node.module}.py").exists()
+    }
+    assert imports == FAMILIES, f"what rules share stands in rules/parts or steps: {imports ^ FAMILIES}"
+
+
+def test_every_module_is_named_once_in_the_architecture() -> None:
+    section = (ROOT / "ARCHITECTURE.md").read_text().partition("## Files")[2].partition("\n## ")[0]
+    named = Counter(path.rpartition("/")[2] for path in re.findall(r"`([\w/]+\.py)`", section))
+    there = Counter(
+        path.name for path in MODULES if path.is_relative_to(ROOT / "core") or path.is_relative_to(ROOT / "tools")
+    )
+    for name in ("__init__.py", "__main__.py"):
+        del named[name], there[name]
+    assert named - there == Counter() == there - named, f"not in the tree: {named - there}; not named: {there - named}"
 
 
 def test_no_test_is_imported() -> None:

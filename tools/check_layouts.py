@@ -1,7 +1,7 @@
 """Trains the main job on several layouts and compares the losses: ``python -m tools.check_layouts [--steps 50]``.
 
-Every layout sees the same weights, the same sequences a step and, in an exact mode, the same update; what is left is
-the order of fp32 sums.
+Every layout has the same weights, the same sequences in a step and, in an exact mode, the same update; only the order of
+fp32 sums differs.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from .pretrain.report import format_rows, read_log
 
 TOLERANCE = 1e-5
+"""Largest relative difference of losses that fp32 sums in another order explain."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Layout:
 
 LAYOUTS = (Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=2, dp=2))
 
-# Small, but with all that a layout can get wrong: grouped QKV, a gated MLP, clipping at work, a schedule. Four query
-# groups, so that TP4 holds whole ones. A learning rate at which training is stable: ten times this one multiplies a
-# difference in the last bit until two runs, equally right, part.
+# The model is small, but has all that a layout can get wrong: grouped QKV, a gated MLP, clipping that bites, a schedule. It has
+# four query groups, so that TP4 holds whole groups. Training is stable at this learning rate; at ten times the rate a difference
+# in the last bit grows until two runs that are both right diverge.
 JOB = (
     *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "8", "--num-query-groups", "4", "--swiglu"),
     *("--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "8", "--lr", "1e-2"),
@@ -58,10 +59,10 @@ def train(layout: Layout, steps: int, extra: Sequence[str], directory: Path) -> 
     """The loss of each step of the job on ``layout``, in processes of its own.
 
     Args:
-        directory: Where the job logs; made.
+        directory: Directory of the job's log; made if it does not exist.
 
     Raises:
-        JobError: With the end of what the job said.
+        JobError: The job failed; contains the end of its output.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command = [
@@ -84,13 +85,13 @@ def train(layout: Layout, steps: int, extra: Sequence[str], directory: Path) -> 
 
 
 def largest_difference(losses: Sequence[float], reference: Sequence[float]) -> float:
-    """The largest relative difference of two runs at the same step; infinite where a loss is not a number."""
+    """The largest relative difference of two runs at the same step; infinite if a loss is nan."""
     differences = [abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True)]
     return max(d if d == d else float("inf") for d in differences)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; exits with 1 when a layout differs by more than `TOLERANCE` or does not train."""
+    """Run the command line; exit with 1 if a layout differs by more than ``TOLERANCE`` or does not train."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.check_layouts",
         description=__doc__,

@@ -1,7 +1,7 @@
 """Trains the main job with every registered optimizer, on a layout and in one process: ``python -m tools.optimizer_runs``.
 
-Both see the same weights and sequences, so the losses are the same but for the order of fp32 sums. All optimizers share
-one set of processes, since starting these takes longer than training.
+Both have the same weights and sequences, so the losses differ only by the order of fp32 sums. All optimizers share one set of
+processes, since starting these takes longer than training.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from .pretrain.report import Record, format_rows, read_log
 from .usage import nearest
 
 TOLERANCE = 1e-4
+"""Largest relative difference of losses that fp32 sums in another order explain."""
 
-# Where the job's learning rate, or the optimizer's own settings, do not let it train in a few steps, or make it so unstable
-# that a difference in the last bit grows until two runs, equally right, part: then another --micro-batch-size in one process
-# makes as large a difference.
+# Optimizers that do not train in a few steps at the job's learning rate or with their default settings, or that are so unstable
+# then that a difference in the last bit grows until two runs that are both right diverge: in one process another
+# --micro-batch-size makes as large a difference.
 FLAGS = {
     "adafactor": "--lr 0.1",
     "adafactor_sr": "--lr 2e-3",
@@ -46,7 +47,7 @@ FLAGS = {
 
 
 def flags_of(name: str, steps: int, layout: Layout, directory: Path) -> list[str]:
-    """The command line of the run of one optimizer, with exact products wherever it has a say in them."""
+    """The command line of the run of one optimizer, with exact products if it has a setting for them."""
     exact = [setting for setting in settings_of(name) if setting.endswith("fp32_matmul_prec")]
     return [
         *JOB,
@@ -70,12 +71,12 @@ def work(names: Sequence[str], steps: int, layout: Layout, directory: Path) -> N
 def train(
     names: Sequence[str], steps: int, layout: Layout, directory: Path
 ) -> tuple[dict[str, list[Record]], list[str]]:
-    """The logs of all optimizers on ``layout``, and what those that did not train said at the end.
+    """The logs of all optimizers on ``layout``, and the last output of those that failed.
 
-    A fault ends the processes; new ones go on with the next optimizer.
+    A failure ends the processes; new processes go on with the next optimizer.
     """
     logs: dict[str, list[Record]] = {}
-    said: list[str] = []
+    failures: list[str] = []
     left = list(names)
     while left:
         print(f"training on {layout}: {' '.join(left)}", file=sys.stderr, flush=True)
@@ -83,8 +84,8 @@ def train(
         while left and len(log := read_log(directory / left[0])) == steps:
             logs[left.pop(0)] = log
         if left:
-            said.append(f"{left.pop(0)} on {layout}:\n{_end(output)}")
-    return logs, said
+            failures.append(f"{left.pop(0)} on {layout}:\n{_end(output)}")
+    return logs, failures
 
 
 def _start(names: Sequence[str], steps: int, layout: Layout, directory: Path) -> str:
@@ -102,7 +103,7 @@ def _start(names: Sequence[str], steps: int, layout: Layout, directory: Path) ->
 
 
 def _end(output: str) -> str:
-    """What a user looks for: the first rank's traceback, or the last lines."""
+    """The relevant part of the output: the traceback of the first rank that has one, or the last lines."""
     lines = [line for line in output.splitlines() if not re.match(r"step +\d", line)]
     first = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
     if first is None:
@@ -112,7 +113,7 @@ def _end(output: str) -> str:
 
 
 def report(names: Sequence[str], sharded: dict[str, list[Record]], alone: dict[str, list[Record]]) -> tuple[str, bool]:
-    """The table, and whether every optimizer trained, and to the same losses."""
+    """The table, and whether every optimizer trained and reached the same losses."""
     rows = [["optimizer", "start loss", "end loss", "one process", "largest relative difference", ""]]
     good = True
     for name in names:
@@ -131,7 +132,7 @@ def report(names: Sequence[str], sharded: dict[str, list[Record]], alone: dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; exits with 1 when an optimizer does not train, or differs by more than `TOLERANCE` at any step."""
+    """Run the command line; exit with 1 if an optimizer does not train or differs by more than ``TOLERANCE`` at a step."""
     parser = argparse.ArgumentParser(prog="python -m tools.optimizer_runs", description=__doc__)
     parser.add_argument("--names", nargs="+", default=list(list_optimizers()), help="optimizers (default: all)")
     parser.add_argument("--steps", type=int, default=30, help="steps to train (default: 30)")
@@ -147,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         work(options.names, options.steps, options.layout, options.work)
         return
     with tempfile.TemporaryDirectory() as directory:
-        sharded, said = train(options.names, options.steps, options.layout, Path(directory, "sharded"))
-        alone, more = train(options.names, options.steps, Layout(), Path(directory, "alone"))
+        sharded, failures = train(options.names, options.steps, options.layout, Path(directory, "sharded"))
+        alone, more_failures = train(options.names, options.steps, Layout(), Path(directory, "alone"))
     table, good = report(options.names, sharded, alone)
-    print("\n\n".join([*said, *more, table]))
+    print("\n\n".join([*failures, *more_failures, table]))
     sys.exit(not good)
 
 

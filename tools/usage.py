@@ -1,4 +1,4 @@
-"""The one way in which the tools refuse what a user gave: one line on stderr, exit code 2."""
+"""Refuses wrong input of a user, in the same way in all tools: one line on stderr, exit code 2."""
 
 import difflib
 import sys
@@ -7,26 +7,25 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 EXIT_CODE = 2
-# How long a rank that is not the first waits for the first to speak. A launcher that sees one worker end stops the
-# others, so a rank that left at once could silence the one that prints.
 _PATIENCE_S = 10.0
+"""Time for which other ranks wait for rank 0 to print: a launcher that sees one worker end stops the others."""
 
 
 class UsageError(ValueError):
-    """What was given, what is possible, what to do.
+    """An error about a value of the user, which says what was given, what is possible and what to do.
 
     Args:
-        flag: where the value came from: ``--lr``, ``lr in job.yaml``, ``RANK``.
-        value: what was given; None where nothing was.
-        problem: what is wrong with it.
-        possible: the values or the range that would do.
-        hint: what to do next.
+        flag: Origin of the value: ``--lr``, ``lr in job.yaml``, ``RANK``.
+        value: Value that was given; None if there is none.
+        problem: Statement of what is wrong with the value.
+        possible: Values or range that are possible.
+        hint: Advice what to do next.
     """
 
     def __init__(self, flag: str, value: object, problem: str, *, possible: str = "", hint: str = "") -> None:
         self.flag, self.value = flag, value
-        given = flag if value is None else f"{flag} {value}"
-        text = f"{given}: {problem}"
+        subject = flag if value is None else f"{flag} {value}"
+        text = f"{subject}: {problem}"
         if possible:
             text += f"; possible: {possible}"
         if hint:
@@ -35,16 +34,16 @@ class UsageError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'muon'?``, or nothing when no known word is near."""
+    """The hint ``did you mean 'muon'?``; empty if no known word is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
 def refuse(error: Exception, *, rank: int, program: str = "pretrain") -> NoReturn:
-    """Print ``error`` on stderr, which for a `UsageError` is one line, and exit with code 2.
+    """Print ``error`` on stderr, which is one line for a :class:`UsageError`, and exit with code 2.
 
-    Rank 0 prints at once. Every other rank waits for it, since nearly all refusals are the same on all ranks; if
-    nothing has stopped this rank by then, the fault is its own, and it prints with its number.
+    Rank 0 prints at once. Every other rank waits for rank 0, since nearly all refusals are the same on all ranks. If nothing
+    has stopped the rank by then, only this rank has the fault, and it prints with its number.
     """
     if rank == 0:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from . import digests as sums
-from . import directory as folders
+from . import digests
+from .directory import candidates, inspect
 from .manifest import Manifest
 from .together import CheckpointError, NewerFormatError, distributed, joined, on_first, rank, together
 
@@ -25,8 +25,8 @@ def choose(directory: Path, step: int | None, *, verify: bool) -> tuple[Path, Ma
     Raises:
         CheckpointError: on all ranks, when every candidate is damaged, or a newer version of this package wrote one.
     """
-    candidates, problems = on_first(lambda: folders.candidates(directory, step))
-    for folder in candidates:
+    folders, problems = on_first(lambda: candidates(directory, step))
+    for folder in folders:
         manifest, problem = _inspect(folder, verify)
         if manifest is None:
             problems.append(problem)
@@ -41,21 +41,21 @@ def choose(directory: Path, step: int | None, *, verify: bool) -> tuple[Path, Ma
 def _inspect(folder: Path, verify: bool) -> tuple[Manifest | None, str]:
     """The manifest of an undamaged checkpoint, or None and what is wrong."""
 
-    def inspect() -> tuple[Manifest | None, dict[str, str], str]:
+    def inspect_or_explain() -> tuple[Manifest | None, dict[str, str], str]:
         try:
-            return *folders.inspect(folder), ""
+            return *inspect(folder), ""
         except NewerFormatError:
             raise
         except CheckpointError as damage:
             return None, {}, str(damage)
 
-    manifest, digests, problem = on_first(inspect)
+    manifest, recorded, problem = on_first(inspect_or_explain)
     if manifest is None or not verify:
         return manifest, problem
     ranks = dist.get_world_size() if distributed() else 1
     # Sorted by size, so that large files go to different ranks.
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name], name))[rank() :: ranks]
-    damaged = joined(together(lambda: sums.wrong(folder, digests, names)))
+    damaged = joined(together(lambda: digests.wrong(folder, recorded, names)))
     if damaged:
         return None, f"{folder}: the contents of {', '.join(damaged)} are not what was written (SHA-256)."
     return manifest, ""

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from . import digests as sums
-from . import lock
-from . import manifest as manifests
+from . import digests, lock
+from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .together import CheckpointError
 
@@ -76,9 +75,9 @@ def commit(staging: Path, manifest: Manifest, written: Mapping[str, str], keep: 
             f"{', '.join(lost)}, written by another rank, cannot be seen in {staging.parent}; it must be one file system "
             f"that all ranks share."
         )
-    _write(staging / manifests.NAME, replace(manifest, files=sizes).text())
-    added = sums.digests(staging, {manifests.NAME, *sizes} - set(written))
-    _write(staging / sums.NAME, sums.text({**written, **added}))
+    _write(staging / MANIFEST, replace(manifest, files=sizes).text())
+    added = digests.digests(staging, {MANIFEST, *sizes} - set(written))
+    _write(staging / digests.NAME, digests.text({**written, **added}))
     _sync(staging)
     directory, name = staging.parent, folder_of(manifest.step)
     final, replaced = directory / name, directory / f"{_REPLACED}{name}"
@@ -129,7 +128,7 @@ def candidates(directory: Path, step: int | None) -> tuple[list[Path], list[str]
             raise CheckpointError(f"no checkpoint of step {step} in {directory}{_among(steps)}.")
         return [_folder(directory, step)], []
     if not steps:
-        if (directory / manifests.NAME).exists():
+        if (directory / MANIFEST).exists():
             raise CheckpointError(
                 f"{directory} is one checkpoint of several; give the directory above it, {directory.parent}."
             )
@@ -152,19 +151,19 @@ def inspect(folder: Path) -> tuple[Manifest, dict[str, str]]:
         NewerFormatError: when a newer version of this package wrote the checkpoint.
         CheckpointError: when the checkpoint is damaged, or another package wrote it.
     """
-    path = folder / manifests.NAME
+    path = folder / MANIFEST
     if not path.exists():
-        raise CheckpointError(f"{folder} has no {manifests.NAME}: it was not written by this package, or is damaged.")
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written by this package, or is damaged.")
     try:
-        written = sums.parse((folder / sums.NAME).read_text(errors="replace"))
-        if sums.wrong(folder, written, [manifests.NAME]):
-            raise CheckpointError(f"{path} is not what {sums.NAME} says.")
+        written = digests.parse((folder / digests.NAME).read_text(errors="replace"))
+        if digests.wrong(folder, written, [MANIFEST]):
+            raise CheckpointError(f"{path} is not what {digests.NAME} says.")
         manifest = Manifest.parse(path.read_text(), str(path))
     except (ValueError, KeyError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{folder / sums.NAME} is damaged: {why}.") from None
-    if set(written) != {manifests.NAME, *manifest.files}:
-        raise CheckpointError(f"{folder / sums.NAME} and {manifests.NAME} name different files.")
+        raise CheckpointError(f"{folder / digests.NAME} is damaged: {why}.") from None
+    if set(written) != {MANIFEST, *manifest.files}:
+        raise CheckpointError(f"{folder / digests.NAME} and {MANIFEST} name different files.")
     for name, size in manifest.files.items():
         actual = (folder / name).stat().st_size if (folder / name).exists() else None
         if actual != size:

@@ -14,11 +14,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection, gather
-from . import digests as sums
-from . import directory as folders
-from . import rng
+from . import digests, rng
 from .background import Background
 from .contents import Contents, process_groups
+from .directory import begin, commit, folder_of
 from .manifest import Manifest, config_digest, json_copy, merge_groups
 from .together import CheckpointError, GroupOrDefault, distributed, joined, on_first, rank, together
 
@@ -90,13 +89,13 @@ def save(
         )
 
     manifest = together(describe)
-    staging = on_first(lambda: folders.begin(Path(directory), step))
+    staging = on_first(lambda: begin(Path(directory), step))
     tensors = contents.tensors | {rng.key(rank()): rng.pack()}
     if background is None:
         return _write(tensors, staging, manifest, keep)
     group, copies = background.group, background.copy(tensors)
     background.start(lambda: _write(copies, staging, manifest, keep, group))
-    return staging.with_name(folders.folder_of(step))
+    return staging.with_name(folder_of(step))
 
 
 def whereabouts(pgs: ProcessGroupCollection) -> tuple[dict[str, int], list[list[int]]]:
@@ -112,7 +111,7 @@ def _write(
     try:
         _write_tensors(tensors, staging, manifest.step, group)
         names = [file.name for file in staging.glob(f"__{rank()}_*")]
-        local_digests = together(lambda: sums.digests(staging, names), group)
+        local_digests = together(lambda: digests.digests(staging, names), group)
         written = dict(joined(local_digests.items(), group))
         return on_first(lambda: _commit(staging, manifest, written, keep), group)
     except CheckpointError:
@@ -140,7 +139,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], staging: Path, step: int, grou
 
 def _commit(staging: Path, manifest: Manifest, written: dict[str, str], keep: int | None) -> Path:
     try:
-        return folders.commit(staging, manifest, written, keep)
+        return commit(staging, manifest, written, keep)
     except OSError as error:
         raise _cannot_save(staging.parent, error.strerror) from None
 

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from ..cache_blocks import BLOCK_BYTES
 from ..linalg.matmul_precision import matmul_precision
 from ..linalg.newton_schulz_cost import iteration_work
 from ..linalg.products import product, symmetric_product
@@ -24,9 +25,6 @@ ENTRIES = {"cpu": 2**20}
 
 MATRICES = 8
 """Number of matrices in the timed update; together they exceed the cache."""
-
-BLOCK = {"cpu": 2**17}
-"""Entries that pass through all operations of the timed update together, as many as a step's blocks hold; elsewhere all."""
 
 REPS = 8
 """Number of timed runs. Their median counts, not the shortest: ranks on one host disturb each other in a step, too."""
@@ -89,7 +87,8 @@ def measure(
 def _memory(timed: Timed, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds for each byte of the elementwise passes of a step, with updates in ``dtype``."""
     entries = ENTRIES.get(device.type, 2**24)
-    block = BLOCK.get(device.type, entries)
+    # Float32 entries that pass through all operations of a step before the next ones do.
+    block = BLOCK_BYTES[device.type] // 4 if device.type in BLOCK_BYTES else entries
     p, g, m = (torch.zeros(MATRICES, entries, device=device) for _ in range(3))
 
     def step() -> None:

@@ -9,6 +9,7 @@ from math import isfinite, log2, sqrt
 import torch
 from torch import Tensor
 
+from ..cache_blocks import BLOCK_BYTES
 from .products import product, symmetric_product
 from .variants import SIXTEEN_BIT_DTYPES, Coefficients
 
@@ -27,7 +28,7 @@ FLOAT16_NORM = 2.0**6
 MAX_STACKED_BFLOAT16_ENTRIES = 2**15
 """Entries per bfloat16 matrix up to which a CPU is faster with one float32 iteration of the stack than with one per matrix."""
 
-NORM_BLOCK_ENTRIES = 2**16
+NORM_BLOCK_ENTRIES = BLOCK_BYTES["cpu"] // 8
 """Entries whose squares are summed at a time: in float32, half the size of a usual second-level cache."""
 
 MAX_UNSHIFTED_NORM = 2.0**30

@@ -1,4 +1,4 @@
-"""``torchrun ... -m shardstep.core.megatron pretrain_gpt.py --optimizer shardstep_muon ...``: a script as it is, with ours."""
+"""``torchrun ... -m shardstep.core.megatron pretrain_gpt.py --optimizer shardstep_muon ...``: an unmodified script."""
 
 import os
 import runpy

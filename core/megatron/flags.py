@@ -19,7 +19,7 @@ type Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def extend_arguments() -> None:
-    """Let Megatron's parser know our names and flags. Again it does nothing new.
+    """Let Megatron's parser know our names and flags. A second call changes nothing.
 
     Raises:
         ImportError: when this Megatron has no such parser.
@@ -39,7 +39,7 @@ def _parsed(
 
 
 def _validated(validate: Callable[..., Any], args: argparse.Namespace, *rest: Any, **more: Any) -> Any:
-    """As Megatron's ``validate_args``, which knows two optimizers that its distributed optimizer may cut, for more of them.
+    """Megatron's ``validate_args``, which allows its distributed optimizer for two names only, with those of ours allowed too.
 
     Raises:
         ValueError: for a flag of ours that the optimizer does not have.
@@ -56,7 +56,7 @@ def _validated(validate: Callable[..., Any], args: argparse.Namespace, *rest: An
 
 
 def _check_taken(args: argparse.Namespace, name: str | None) -> None:
-    """Refuse settings of another optimizer than ``name``, which would be given and do nothing."""
+    """Refuse settings that belong to another optimizer than ``name``: they would be accepted and have no effect."""
     taken = {PREFIX + field for field in ours.settings_of(name)} if name else set()
     known = {PREFIX + field for field in ours.all_settings()}
     lost = sorted(given for given in known & vars(args).keys() - taken if getattr(args, given) is not None)

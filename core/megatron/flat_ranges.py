@@ -1,7 +1,7 @@
 """Elementwise optimizers on the flat ranges of Megatron-Core's ``DistributedOptimizer``.
 
-It lays all parameters of a data-parallel group end to end, gives each rank an equal stretch of that, and cuts parameters
-wherever a stretch ends. A rule that asks for nothing steps such pieces as it steps parameters.
+That optimizer lays all parameters of a data-parallel group end to end and gives each rank an equal range, so a parameter is cut
+wherever a range ends. An elementwise rule steps such pieces as it steps parameters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ class FlatOptimizer(DistributedOptimizer):
         param_groups: Groups of the model's parameters; mutated: in the end they are groups of pieces. Empty on a rank
             without any.
         config: Megatron-Core's ``OptimizerConfig``.
-        rest: What its distributed optimizer takes besides.
+        rest: Further arguments of Megatron-Core's distributed optimizer.
 
     Raises:
         ValueError: for a class with scalars other than a count of steps, which the checkpoints have no place for.
@@ -100,14 +100,14 @@ def flat_optimizer(
     config_overrides: Any,
     pg_collection: Any,
 ) -> Any:
-    """What Megatron-Core's ``get_megatron_optimizer`` builds of Adam, built of a class of ours.
+    """Build of a class of ours what Megatron-Core's ``get_megatron_optimizer`` builds of Adam.
 
     Args:
         cls: The class, of kind ``elementwise``.
         kwargs: Constructor arguments of the class.
         config: Megatron-Core's ``OptimizerConfig``.
-        model_chunks: In its data-parallel wrapper, which reduces and scatters gradients.
-        config_overrides: Megatron-Core's, by ``ParamKey``.
+        model_chunks: Modules in their data-parallel wrapper, which reduces and scatters gradients.
+        config_overrides: Megatron-Core's overrides, by ``ParamKey``.
         pg_collection: Megatron-Core's process groups; None: those of ``parallel_state``.
 
     Returns:
@@ -160,7 +160,7 @@ _KINDS = (
 
 
 class _Pieces:
-    """Mixin: a piece is a tensor of its own, whatever its parameter's attributes say."""
+    """Mixin that takes a piece for a whole tensor, whatever the attributes of its parameter say."""
 
     def layout(self, p: Tensor) -> Layout:
         assert p.dtype == torch.float32, "only 16 bits are rounded by numbers that depend on the place in the whole"
@@ -193,4 +193,4 @@ def _check_state(optimizer: Any) -> None:
 
 
 def _state_is_there(optimizer: Any, config: Any = None) -> None:
-    """What Megatron-Core calls to make state; ours is there from the start."""
+    """Megatron-Core calls this to make state; ours exists from the start."""

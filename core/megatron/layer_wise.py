@@ -1,7 +1,7 @@
 """Which parameters Megatron-Core's layer-wise layout keeps whole on one rank: those that our optimizer steps.
 
-Megatron-Core keeps matrices that are no embeddings together, as its Muon wants them. Of ours some step all parameters, and some
-leave routers and position embeddings to Adam, whose buffers these would then not be in: nobody would step them.
+Megatron-Core keeps the parameters whole that its own Muon steps: matrices that are no embeddings. Some of our optimizers step all
+parameters, and others leave routers and position embeddings to Adam. Without this, nobody would step the difference.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,11 @@ from .upstream import LAYER_WISE, patch
 
 
 def keep_together(name_of: Callable[[str], str | None]) -> None:
-    """Let Megatron-Core's layer-wise layout follow our optimizer, where the command line names one. Again it does nothing new.
+    """Let Megatron-Core's layer-wise layout follow our optimizer, if the command line names one. Safe to call twice.
 
     Args:
-        name_of: From a name that ``--optimizer`` takes to that in our registry; None for an optimizer that is not ours.
+        name_of: Function from a name that ``--optimizer`` takes to the name in our registry; None for an optimizer that is not
+            ours.
     """
 
     def with_ours(theirs: Callable[..., None], model_chunks: Sequence[nn.Module]) -> None:

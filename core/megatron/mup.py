@@ -1,8 +1,9 @@
-"""Megatron-Core's rules for maximal update parametrization, which look at the optimizer's name, for ours.
+"""Megatron-Core's rules for maximal update parametrization (MuP), made to know our optimizers.
 
-They leave the learning rate of matrices alone where the name has ``muon`` in it, divide it by the width otherwise, divide ``eps``
-too where it has ``adam`` in it, and scale vectors instead for ``sgd``. Ours get what the name without ``shardstep_`` gets; and
-those that orthogonalize, whatever they are called, what Muon gets: the size of their updates does not grow with the width.
+The rules go by the optimizer's name. They leave the learning rate of matrices alone where the name has ``muon`` in it, and divide
+it by the width otherwise; they divide ``eps`` too where the name has ``adam`` in it, and scale vectors instead for ``sgd``. An
+optimizer of ours gets what its name without ``shardstep_`` gets. One that orthogonalizes gets what Muon gets, whatever it is
+called, because the size of its updates does not grow with the width.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from .upstream import FACTORY, patch
 
 
 def follow_width(name_of: Callable[[str], str | None]) -> None:
-    """Let Megatron-Core's rules know our optimizers. Again it does nothing new.
+    """Let Megatron-Core's rules know our optimizers. A second call changes nothing.
 
     Args:
-        name_of: From a name that ``--optimizer`` takes to that in our registry; None for an optimizer that is not ours.
+        name_of: Function from a name that ``--optimizer`` takes to the name in our registry; None for an optimizer that is not
+            ours.
     """
 
     def with_ours(theirs: Callable[..., Any], config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:

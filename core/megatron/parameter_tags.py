@@ -1,12 +1,13 @@
 """Attributes that say what a Megatron parameter is: which rows of it are matrices of their own, which ranks hold it.
 
-A fused weight is split where the model splits what comes out of it: attention's into queries (gates), keys and values, those of
-multi-head latent attention into what is rotated and what is not, a gated MLP's first weight into gate and up.
+A fused weight is split where the model splits its output: attention's weight into queries (and gates), keys and values; weights
+of multi-head latent attention into the rotated and the unrotated part; the first weight of a gated MLP into gate and up.
 
-For any other weight say it yourself, before the optimizer is built: ``p.matrix_parts = (rows, rows, ...)``, rows of the whole
+For any other weight, say it yourself before the optimizer is built: ``p.matrix_parts = (rows, rows, ...)``, rows of the whole
 weight, whatever the tensor parallelism. The sizes repeat over all rows, and what repeats is one matrix: (64, 64) on 512 rows are
-two matrices of 256 rows, eight times 64 are eight of 64. ``p.matrix_parts = (all rows,)`` keeps a fused weight one matrix. What a
-parameter says wins over what is said here. ``p.use_muon = False`` leaves a weight to the Adam beside a matrix optimizer.
+two matrices of 256 rows, eight times 64 are eight of 64. ``p.matrix_parts = (all rows,)`` keeps a fused weight one matrix. An
+attribute that a parameter already has wins over the split made here. ``p.use_muon = False`` leaves a weight to the Adam that
+stands beside a matrix optimizer.
 """
 
 import re
@@ -39,7 +40,7 @@ def tag(model_chunks: Sequence[nn.Module], groups: ProcessGroupCollection, *, sp
 
     Args:
         model_chunks: Modules of this pipeline stage.
-        groups: Over which their parameters are cut.
+        groups: Process groups over which their parameters are cut.
         split_heads: Split attention into heads too (``config.shardstep_split_heads``): the parts of each head apart.
 
     Raises:

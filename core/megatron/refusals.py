@@ -1,4 +1,4 @@
-"""What Megatron-Core would accept of our optimizers and then step wrongly, or not at all; refused when they are built."""
+"""Refuses, at construction, what Megatron-Core would accept with our optimizers and then step wrongly or not at all."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -57,7 +57,7 @@ def check(name: str, config: Any, model_chunks: Sequence[nn.Module], groups: Any
     Args:
         name: Name of the optimizer in our registry.
         config: Megatron-Core's ``OptimizerConfig``.
-        model_chunks: In their data-parallel wrapper.
+        model_chunks: Modules in their data-parallel wrapper.
         groups: Megatron-Core's process groups.
 
     Raises:
@@ -100,7 +100,7 @@ def cannot_be_cut(config: Any) -> ValueError:
 
 
 def _check_sharing(said: str, name: str, config: Any, model_chunks: Sequence[nn.Module]) -> None:
-    """Who holds which gradient, and who steps which parameter: the wrapper of the model decides the one, the config the other."""
+    """Refuse a model whose wrapper leaves gradients on other ranks than those that the config makes step the parameters."""
     flat = is_flat(config)
     if flat and not runs_flat(name):
         raise cannot_be_cut(config)
@@ -131,7 +131,7 @@ def _check_sharing(said: str, name: str, config: Any, model_chunks: Sequence[nn.
 
 
 def _check_layout(said: str, name: str, chunk: nn.Module) -> None:
-    """A rank has whole gradients of those parameters only that the layout was told to keep together."""
+    """Refuse a layout that leaves a rank with parts of gradients: it has whole ones only of parameters marked to stay whole."""
     for parameter, p in _trained(chunk):
         together = bool(getattr(p, "is_managed_by_layer_wise_optimizer", False))
         if together == steps_whole(name, parameter, p):

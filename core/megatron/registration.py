@@ -23,7 +23,7 @@ from .upstream import CONFIG, FACTORY, REGISTRY, lookup, patch
 
 
 def register() -> None:
-    """Add every optimizer of our registry to Megatron-Core's, as ``shardstep_<name>``. Again it does nothing new.
+    """Add every optimizer of our registry to Megatron-Core's, as ``shardstep_<name>``. A second call changes nothing.
 
     Raises:
         ImportError: when Megatron-Core is missing, or has no registry.
@@ -61,10 +61,11 @@ def _optimizer(
     config_overrides: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    """As Megatron-Core's ``_get_megatron_emerging_optimizer``, and elementwise optimizers of ours on flat ranges.
+    """Megatron-Core's ``_get_megatron_emerging_optimizer``, which also builds elementwise optimizers of ours on flat ranges.
 
     Raises:
-        ValueError: for any other on flat ranges, Megatron-Core's own too: it would build them, and let ranks drift apart.
+        ValueError: for any other optimizer on flat ranges, also Megatron-Core's own: it would be built, and ranks would drift
+            apart.
     """
     name = name_of(config.optimizer)
     if not is_flat(config) or config.optimizer.startswith("dist_"):
@@ -107,7 +108,7 @@ def _constructor_kwargs(name: str, config: Any, model_chunks: Sequence[nn.Module
 
 
 def _groups(theirs: Any, config: Any) -> ProcessGroupCollection:
-    """Which ranks share a matrix. In the layer-wise optimizer data-parallel ranks have different ones."""
+    """Groups of the ranks that share a matrix; in the layer-wise optimizer data-parallel ranks have different matrices."""
     copies = not is_layer_wise(config)
     return ProcessGroupCollection(
         tp=theirs.tp,

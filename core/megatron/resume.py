@@ -1,4 +1,4 @@
-"""Going on from what another run saved: with another learning rate, layer-wise or not, Megatron-Core's own optimizer before ours.
+"""Resuming from what another run saved: with another learning rate, layer-wise or not, or by Megatron-Core's own optimizer.
 
 Megatron-Core finds a saved parameter group by its settings, the learning rate among them, and its place by the structure of
 the optimizer that saved it. Where ours is in a chain, groups are found by what they are for, wherever they stand.
@@ -29,13 +29,13 @@ _MAIN, _TYPE = "fp32_from_fp16_params", "param_state_sharding_type"
 
 
 def resumes[T: Optimizer](optimizer: T) -> T:
-    """``optimizer``, known as one of ours: chains that hold it load what other runs saved."""
+    """Register ``optimizer`` as one of ours, so that chains that hold it load what other runs saved; returns it."""
     _OURS.add(optimizer)
     return optimizer
 
 
 def resume_across() -> None:
-    """Let Megatron-Core's chains that hold one of ours load what other runs saved. Again it does nothing new."""
+    """Let Megatron-Core's chains that hold one of ours load what other runs saved. A second call changes nothing."""
     for cls in (f"{CHAIN}:ChainedOptimizer", f"{LAYER_WISE}:LayerWiseDistributedOptimizer"):
         patch(cls, "sharded_state_dict", partial(_outermost, _shown))
         patch(cls, "load_state_dict", partial(_outermost, _loaded))
@@ -70,7 +70,7 @@ def _is_distributed(member: Any) -> bool:
 
 
 def _parts(chain: Any, state: Any) -> Iterator[tuple[Any, Any]]:
-    """Each optimizer of ``chain`` that steps, and what of ``state`` is its own."""
+    """Each optimizer of ``chain`` that steps, with its part of ``state``."""
     members = chain.chained_optimizers
     if len(members) > 1 and len(state) != len(members):
         raise ValueError(
@@ -85,7 +85,7 @@ def _parts(chain: Any, state: Any) -> Iterator[tuple[Any, Any]]:
 def _shown(
     chain: Any, theirs: Callable[..., Any], model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
 ) -> Any:
-    """As Megatron-Core's ``sharded_state_dict``; to be loaded into, it stands under a key of its own."""
+    """Megatron-Core's ``sharded_state_dict``; a state dict that is to be loaded into stands under a key of its own."""
     if not is_loading:
         return theirs(model_sharded_state_dict, is_loading, **kwargs)
     (local,) = lookup(MAPPING, "LocalNonpersistentObject")
@@ -104,7 +104,7 @@ def _shown(
 
 
 def _loaded(chain: Any, theirs: Callable[..., Any], state_dict: Any) -> None:
-    """As Megatron-Core's ``load_state_dict``, with the saved settings of each group wherever they stand.
+    """Megatron-Core's ``load_state_dict``, which finds the saved settings of each group wherever they stand.
 
     Raises:
         ValueError: before anything is changed, for a group that has no counterpart among the saved ones.
@@ -202,7 +202,7 @@ def _fill(member: Any, part: dict[str, Any], groups: list[dict[str, Any]], *, sh
 
 
 def _settings(member: Any, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``group`` is to have: the saved settings, and this run's learning rates where they are others."""
+    """Settings for ``group``: the saved ones, with this run's learning rates where they differ."""
     now = {key: value for key, value in group.items() if key != "params"}
     if not _is_ours(member):
         now.update({key: value for key, value in saved.items() if key != "step"})

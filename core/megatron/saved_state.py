@@ -1,4 +1,4 @@
-"""What a checkpoint of Megatron-Core's holds of an optimizer, against what this run keeps; looked at before anything is read."""
+"""Compares the optimizer state in a Megatron-Core checkpoint with what this run keeps, before anything is read."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,12 +26,12 @@ class Slot(NamedTuple):
 
 
 def check_before_loading() -> None:
-    """Let Megatron-Core's ``load`` compare first, where one of ours is loaded. Again it does nothing new."""
+    """Let Megatron-Core's ``load`` compare first, where one of ours is loaded. A second call changes nothing."""
     patch(LOADING, "load", _load)
 
 
 def _load(theirs: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-    """As Megatron-Core's ``load``.
+    """Megatron-Core's ``load``, after the comparison.
 
     Raises:
         CheckpointError: on all ranks, when a state dict with one of ours asks for state that the checkpoint does not have, or
@@ -54,7 +54,7 @@ def _ours(state: Any) -> Iterator[Any]:
 
 
 def slot_of(key: str) -> Slot | None:
-    """Which state tensor has this key in a checkpoint; None for what is no state of a parameter."""
+    """The state tensor that has this key in a checkpoint; None for a key that is no state of a parameter."""
     match = _STATE.fullmatch(key)
     return match and Slot(match[2], _ALSO.get(match[1], match[1]))
 
@@ -64,7 +64,7 @@ type _Place = tuple[Any, Any, Any]
 
 
 def _tensors(state: Any) -> Iterator[_Place]:
-    """All that is to be loaded and has a key in the checkpoint."""
+    """The tensors that are to be loaded and have a key in the checkpoint."""
     for at, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
         if isinstance(value, dict | list):
             yield from _tensors(value)
@@ -77,7 +77,7 @@ def _fit(
 ) -> None:
     """Give ``tensors`` the keys that the checkpoint has; mutates them, and leaves out of their containers what can be missing.
 
-    That is the count of steps, which all parameters may have in common, and copies of ``weights`` that are in float32 anyway.
+    Those are the count of steps, which all parameters may have in common, and copies of ``weights`` that are in float32 anyway.
     """
     places = {slot: key for key in sorted(found) if (slot := slot_of(key))}
     wanted = [(slot, *place) for place in tensors if (slot := slot_of(place[2].key))]

@@ -1,4 +1,4 @@
-"""What an optimizer is told under Megatron-Core: its own ``OptimizerConfig``, and flags that never reach that."""
+"""The settings of an optimizer under Megatron-Core: Megatron's own ``OptimizerConfig``, and flags that never reach it."""
 
 import sys
 from typing import Any
@@ -18,9 +18,9 @@ EXACT = (*exact_modes(), AUTO)
 class Settings:
     """Megatron-Core's config as our registry reads one: an attribute, or none.
 
-    Of the command line only our own flags count (``--soap-eps``): Megatron's reach the config where they mean the same, and
-    others have names, ``rank`` and ``seed``, that are ours for something else. Ours win over an attribute of the config, which
-    may also be one that its class does not have (``config.soap_eps = 1e-2``).
+    On the command line only our own flags count (``--soap-eps``). Megatron's flags reach the config where they mean the same, and
+    some of its other flags (``rank``, ``seed``) have names that mean something else here. Our flags win over an attribute of the
+    config, which may also be one that its class does not declare (``config.soap_eps = 1e-2``).
 
     Args:
         config: Megatron-Core's ``OptimizerConfig``.
@@ -49,7 +49,7 @@ class Settings:
         return bool(self._flags.get(SPLIT_HEADS) or getattr(self._config, SPLIT_HEADS, False))
 
     def _tp_mode(self) -> str:
-        """Ours where it is given; else Megatron's where that is exact, which its default is not; else ``owner``."""
+        """Our flag where it is given; else Megatron's mode where that is exact, which its default is not; else ``owner``."""
         asked = self._flags.get(TP_MODE) or getattr(self._config, TP_MODE, None)
         theirs = getattr(self._config, "muon_tp_mode", None)
         return asked or (theirs if theirs in EXACT else "owner")

@@ -1,7 +1,7 @@
-"""Optimizer state in Megatron-Core's ``torch_dist`` checkpoints: also what is not shaped like its parameter.
+"""Optimizer state in Megatron-Core's ``torch_dist`` checkpoints, also state that is not shaped like its parameter.
 
-Megatron-Core takes every state tensor for a shard like the parameter's. Row statistics and Kronecker factors are none, and some
-are on one rank only; here they are shown to it as boxes of their own whole, under the parameter's key.
+Megatron-Core assumes that each state tensor is cut like its parameter. Row statistics and Kronecker factors are not, and some are
+on one rank only. They are shown to it as boxes of a whole tensor of their own, under the parameter's key.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _STEP, OWNERS_STEP = "step", "owners_step"
 
 
 def say_layouts(optimizer: Optimizer) -> Optimizer:
-    """Let ``optimizer.state_dict()`` say where state lives that is not cut as its parameter is."""
+    """Let ``optimizer.state_dict()`` say where state lives that is not cut like its parameter."""
     if hasattr(optimizer, "state_layouts"):
         optimizer.register_state_dict_post_hook(_mark)
         optimizer.register_load_state_dict_pre_hook(_rename_back)
@@ -72,12 +72,12 @@ def _mark(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 
 def take_our_state() -> None:
-    """Let Megatron-Core's checkpoints hold state of any shape. Again it does nothing new."""
+    """Let Megatron-Core's checkpoints hold state of any shape. A second call changes nothing."""
     patch(CHECKPOINT, "make_sharded_optimizer_tensor", _sharded)
 
 
 def _sharded(theirs: Callable[..., Any], model_param: Any, optim_param: Tensor, prefix: str) -> Any:
-    """As Megatron-Core's ``make_sharded_optimizer_tensor``, and for tensors that say where they live."""
+    """Megatron-Core's ``make_sharded_optimizer_tensor``, which also serves tensors that say where they live."""
     layouts = getattr(optim_param, _LAYOUTS, None)
     if layouts is None:
         return theirs(model_param, optim_param, prefix)
@@ -103,7 +103,7 @@ def _first_shard(model_param: Any) -> Any:
 
 
 def _replica(layout: Layout, home: Layout) -> tuple[int, int, int]:
-    """Zeros on the one rank that writes; Megatron-Core's order: pipeline, tensor, data."""
+    """Replica number: zeros on the one rank that writes, in Megatron-Core's order of pipeline, tensor and data."""
     cut_over = {name for axis in layout.axes for name in axis.name.split("+")}
     copies = {axis.name: axis.index for axis in (*home.copies, *home.axes) if axis.name not in cut_over}
     tp = next((i for name, i in copies.items() if name.endswith("tp")), 0)

@@ -28,7 +28,7 @@ PATCHED: dict[str, Callable[..., Any]] = {}
 
 
 def patch(owner: str, name: str, ours: Callable[..., Any]) -> None:
-    """Let Megatron-Core call ``ours(original, ...)`` where it calls its function ``name``; again it does nothing new.
+    """Let Megatron-Core call ``ours(original, ...)`` where it calls its function ``name``. A second call changes nothing.
 
     Args:
         owner: A module, or a class in one: ``module:Class``.

@@ -1,7 +1,8 @@
 """The config that names an optimizer and holds its settings. Field names are Megatron-Core's."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import update_wrapper
 from types import NoneType
 from typing import Any, Self, get_args
 
@@ -13,8 +14,48 @@ from .steps.constructor_settings import Setting, check_kind
 __all__ = ["OptimizerConfig", "ParamKey", "ParamPredicate", "ParamWithNamePredicate"]
 
 
+@dataclass
+class _Fields:
+    """The declared fields of :class:`OptimizerConfig`, which documents them, and the check of their values."""
+
+    optimizer: str = "adamw"
+    lr: float | None = None
+    min_lr: float | None = None
+    weight_decay: float = 0.01
+    decoupled_weight_decay: bool = True
+    weight_decay_method: str | None = None
+    clip_grad: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    sgd_momentum: float = 0.9
+    sgd_nesterov: bool = False
+    muon_momentum: float = 0.95
+    muon_nesterov: bool = False
+    muon_split_qkv: bool = True
+    muon_scale_mode: str = "spectral"
+    muon_fp32_matmul_prec: str = "medium"
+    muon_coefficient_type: str = "quintic"
+    muon_num_ns_steps: int = 5
+    muon_tp_mode: str = "owner"
+    muon_extra_scale_factor: float = 1.0
+    adaptive_muon_moment2_method: str = "adamuon"
+    adaptive_muon_beta2: float = 0.95
+    adaptive_muon_eps: float = 1e-8
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            kinds = get_args(f.type) or (f.type,)  # float | None
+            value = getattr(self, f.name)
+            if f.name != "settings" and not (value is None and NoneType in kinds):
+                check_kind(f.name, value, kinds[0])
+        self.settings = {name: _setting(name).value(value) for name, value in self.settings.items()}
+        vars(self).update(self.settings)
+
+
 @dataclass(init=False)
-class OptimizerConfig:
+class OptimizerConfig(_Fields):
     """Settings of every optimizer; an argument is read from ``{optimizer name}_{argument}``, or else from ``{argument}``.
 
     Besides the fields, each plain argument of each registered optimizer is a setting and an attribute, for example
@@ -55,43 +96,8 @@ class OptimizerConfig:
             value of another kind.
     """
 
-    optimizer: str = "adamw"
-    lr: float | None = None
-    min_lr: float | None = None
-    weight_decay: float = 0.01
-    decoupled_weight_decay: bool = True
-    weight_decay_method: str | None = None
-    clip_grad: float = 1.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    sgd_momentum: float = 0.9
-    sgd_nesterov: bool = False
-    muon_momentum: float = 0.95
-    muon_nesterov: bool = False
-    muon_split_qkv: bool = True
-    muon_scale_mode: str = "spectral"
-    muon_fp32_matmul_prec: str = "medium"
-    muon_coefficient_type: str = "quintic"
-    muon_num_ns_steps: int = 5
-    muon_tp_mode: str = "owner"
-    muon_extra_scale_factor: float = 1.0
-    adaptive_muon_moment2_method: str = "adamuon"
-    adaptive_muon_beta2: float = 0.95
-    adaptive_muon_eps: float = 1e-8
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __init__(self, optimizer: str = "adamw", lr: float | None = None, **settings: Any) -> None:
-        values = {"optimizer": optimizer, "lr": lr, **settings}
-        for f in fields(self):
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            value = values.pop(f.name, default)
-            kinds = get_args(f.type) or (f.type,)  # float | None
-            if f.name != "settings" and not (value is None and NoneType in kinds):
-                check_kind(f.name, value, kinds[0])
-            setattr(self, f.name, value)
-        self.settings = {name: _setting(name).value(value) for name, value in {**self.settings, **values}.items()}
-        vars(self).update(self.settings)
+    def __init__(self, *values: Any, **settings: Any) -> None:
+        super().__init__(*values, **_in_fields(type(self), settings))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
@@ -100,7 +106,19 @@ class OptimizerConfig:
         Raises:
             ValueError: as the constructor.
         """
-        return cls(**settings)
+        return cls(**_in_fields(cls, settings))
+
+
+update_wrapper(OptimizerConfig.__init__, _Fields.__init__, assigned=())  # inspect.signature shows the declared fields.
+
+
+def _in_fields(config_cls: type[_Fields], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``given`` with everything that is no field of ``config_cls`` moved into ``settings``."""
+    names = {f.name for f in fields(config_cls)}
+    declared = {name: value for name, value in given.items() if name in names}
+    if others := {name: value for name, value in given.items() if name not in names}:
+        declared["settings"] = {**declared.get("settings", {}), **others}
+    return declared
 
 
 def _setting(name: str) -> Setting:

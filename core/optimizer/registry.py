@@ -227,7 +227,7 @@ def entry_of(name: str) -> EmergingOptimizerEntry:
         _EMERGING_OPTIMIZERS[name] = entry_for(name, library_optimizer(name), *special)
     if name not in _EMERGING_OPTIMIZERS:
         for point in entry_points(group=ENTRY_POINTS, name=name):
-            _EMERGING_OPTIMIZERS[name] = point.load()
+            register_optimizer(name, point.load())
             break
         else:
             raise ValueError(unknown("optimizer", name, list_optimizers()))

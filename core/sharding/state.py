@@ -14,7 +14,7 @@ from .layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class StateStorage:
+class StateTensor:
     """How the entries of a state tensor are stored, whatever its shape.
 
     Attributes:
@@ -35,8 +35,8 @@ class StateStorage:
 
 
 @dataclass(frozen=True)
-class StateSpec(StateStorage):
-    """One state tensor, declared by the dims that it shares with its parameter; storage as in :class:`StateStorage`.
+class StateSpec(StateTensor):
+    """One state tensor, declared by the dims that it shares with its parameter; storage as in :class:`StateTensor`.
 
     Attributes:
         dims: ``*`` for a tensor like the parameter. Otherwise a letter per dim: ``i`` and ``j`` follow the parameter's dims -2

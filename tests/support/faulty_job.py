@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from tools.pretrain import job as pretrain
+from tools.pretrain import job
 
 HOW: dict[str, Callable[[], Any]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -33,7 +33,7 @@ class Fault:
         self.place, nth, rank, step, self.how = spec.split(":")
         self.left, self.step, self.mark = int(nth), int(step), mark
         self.here = os.environ["RANK"] == rank
-        self.job: pretrain.Job | None = None
+        self.job: job.Job | None = None
 
     def event(self) -> None:
         if self.mark.exists() or (self.place in ("forward", "backward", "optimizer") and not self.in_step()):
@@ -47,9 +47,9 @@ class Fault:
     def in_step(self) -> bool:
         return self.job is not None and self.job.done + 1 == self.step
 
-    def set_up(self, job: pretrain.Job) -> None:
-        self.job = job
-        layers = [module for module in job.engine.model_chunks[0].modules() if isinstance(module, nn.Linear)]
+    def set_up(self, running: job.Job) -> None:
+        self.job = running
+        layers = [module for module in running.engine.model_chunks[0].modules() if isinstance(module, nn.Linear)]
         for module in layers:
             module.register_forward_hook(self.forward if self.place == "forward" else self.backward)
 
@@ -67,23 +67,23 @@ class Fault:
 
 def main() -> None:
     fault = Fault(sys.argv[1], Path(sys.argv[2]))
-    run, all_to_all = pretrain.Job.run, dist.all_to_all_single
+    run, all_to_all = job.Job.run, dist.all_to_all_single
 
-    def run_with_fault(job: pretrain.Job, *args: Any) -> None:
-        fault.set_up(job)
-        run(job, *args)
+    def run_with_fault(running: job.Job, *args: Any) -> None:
+        fault.set_up(running)
+        run(running, *args)
 
     def all_to_all_with_fault(*args: Any, **kwargs: Any) -> Any:
         fault.event()
         return all_to_all(*args, **kwargs)
 
     if fault.here:
-        pretrain.Job.run = run_with_fault  # type: ignore[method-assign]
+        job.Job.run = run_with_fault  # type: ignore[method-assign]
         if fault.place == "optimizer":
             dist.all_to_all_single = all_to_all_with_fault
         if fault.place in ("save", "load"):
             sys.addaudithook(fault.files)
-    pretrain.main(sys.argv[3:])
+    job.main(sys.argv[3:])
 
 
 if __name__ == "__main__":

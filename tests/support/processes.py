@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from tools.pretrain import job as pretrain
+from tools.pretrain.job import main
 
 PRELOAD = ["tests.support.variants", "tests.support.small_run", "tools.pretrain.job"]
 
@@ -48,7 +48,7 @@ def train(rank: int, flags: Sequence[str]) -> None:
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
         try:
-            pretrain.main(flags)
+            main(flags)
         except SystemExit as left:
             raise AssertionError(said.getvalue()) from left
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from tools.pretrain import job as main_job
+from tools.pretrain.job import main
 from tools.pretrain.report import Record, read_log
 
 TINY = (
@@ -14,7 +14,7 @@ TINY = (
 
 def run(log: Path, text: str, *flags: str) -> list[Record]:
     """The rows that the main job, on ``text``, writes into the folder ``log``."""
-    main_job.main([*TINY, "--data-path", text, "--log-dir", str(log), *flags])
+    main([*TINY, "--data-path", text, "--log-dir", str(log), *flags])
     return [replace(row, tokens_per_s=0) for row in read_log(log)]
 
 

@@ -1,6 +1,6 @@
-"""The step of a pipeline with the optimizer after the flush and inside the bubble, in turn, in one run.
+"""Times a pipeline's step with the optimizer after the flush and in the bubble, in turn, in one run.
 
-``torchrun --nproc-per-node 4 -m tools.bench.bubble --out DIRECTORY`` prints the time of a step in both orders and writes a
+``torchrun --nproc-per-node 4 -m tools.bench.bubble --out DIRECTORY`` prints the time of a step in both orders, and writes a
 trace of each and a picture of both.
 """
 
@@ -77,16 +77,18 @@ class Candidate:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line; the module's docstring describes it."""
     parser = argparse.ArgumentParser(prog="torchrun ... -m tools.bench.bubble", description=__doc__)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--length", type=int, default=64, help="tokens a sequence, one sequence a micro-batch")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence; a micro-batch is one sequence")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--schedule", choices=("1f1b", "gpipe"), default="1f1b")
     parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--clip-grad", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, default=12, help="of each order, after one that does not count")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="timed steps of each order, after one that does not count"
+    )
     parser.add_argument("--out", type=Path, default=Path("."), help="directory of traces and picture")
     options = parser.parse_args(argv)
     dist.init_process_group("gloo")

@@ -1,9 +1,9 @@
-"""Measures what a save takes from training: ``python -m tools.bench.checkpoint``, or under ``torchrun --nproc-per-node 2``.
+"""Measures how much a save slows training down: ``python -m tools.bench.checkpoint``, or under ``torchrun --nproc-per-node 2``.
 
-For AdamW and Muon on a GPT, tensor-parallel over the ranks, as Markdown: a step with nothing else going on; a save that is waited
-for; how long a save in the background takes until it returns and until it is complete, and the steps that are trained meanwhile.
-Beside them, on the same tensors, torch's own ``dcp.async_save``, which makes no digests and no durable names. Medians, of the
-slowest rank. *stolen*: all that training lost to one save, until it returned and in slower steps after that.
+Prints a Markdown table for AdamW and Muon on a GPT, tensor-parallel over the ranks: the time of a step alone; of a save that is
+waited for; of a save in the background until it returns and until it is complete, and of the steps that are trained meanwhile;
+and the same for torch's own ``dcp.async_save`` of the same tensors, which makes no digests and no durable names. Times are
+medians, on the slowest rank. *stolen*: time that training lost to one save, until it returned and in slower steps after that.
 """
 
 import argparse
@@ -49,9 +49,9 @@ class Taken:
     """Seconds that one save took.
 
     Attributes:
-        returned: Until training could go on.
-        complete: Until the checkpoint was there.
-        steps: Each step that began before that.
+        returned: Seconds until training could go on.
+        complete: Seconds until the checkpoint was complete.
+        steps: Seconds of each training step that began before the checkpoint was complete.
     """
 
     returned: float
@@ -59,7 +59,7 @@ class Taken:
     steps: tuple[float, ...] = ()
 
     def stolen(self, step: float) -> float:
-        """What training lost, where a step alone takes ``step``."""
+        """Seconds that training lost, if a step alone takes ``step`` seconds."""
         return self.returned + sum(self.steps) - len(self.steps) * step
 
 
@@ -68,9 +68,9 @@ class Training:
     """One rank's training.
 
     Attributes:
-        engine: The model.
-        optimizer: Of all its parameters.
-        batch: Token ids.
+        engine: Engine that holds the model.
+        optimizer: Optimizer of all parameters of the model.
+        batch: Token ids, (batch, sequence + 1).
     """
 
     engine: Engine
@@ -78,7 +78,7 @@ class Training:
     batch: Tensor
 
     def step(self) -> float:
-        """Take a step; its seconds, those of the slowest rank."""
+        """Take a step; returns its seconds on the slowest rank."""
         return timed(self._step)
 
     def _step(self) -> None:
@@ -86,7 +86,7 @@ class Training:
         self.optimizer.step()
 
     def tensors(self) -> dict[str, Any]:
-        """Weights and state by name, as torch's checkpoints take them."""
+        """Weights and state by name, as torch's checkpoints expect them."""
         named = [(name, p) for chunk in self.engine.model_chunks for name, p in chunk.named_parameters()]
         state = {f"{slot}.{name}": x for name, p in named for slot, x in self.optimizer.state[p].items()}
         return {**{name: p.detach() for name, p in named}, **state}
@@ -100,11 +100,11 @@ class Writing(Protocol):
         """Whether this rank is still writing."""
 
     def wait(self) -> Any:
-        """Wait until it is complete."""
+        """Wait until the save is complete."""
 
 
-class Torchs:
-    """A save by torch, begun when called."""
+class TorchSave:
+    """A save by torch, which begins when this object is called."""
 
     future: Future[Any]
 
@@ -136,7 +136,7 @@ def timed(do: Callable[[], Any]) -> float:
 
 
 def slowest(seconds: float) -> float:
-    """The most of all ranks."""
+    """The largest value over all ranks."""
     most = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return float(most)
@@ -168,9 +168,11 @@ def run(options: argparse.Namespace, name: str, folder: Path) -> list[tuple[str,
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(options.vocabulary, (1, options.sequence + 1), generator=generator)
     training = Training(engine, optimizer, batch)
-    weights = sum(p.numel() for p in engine.model_chunks[0].parameters())  # of DTensors the whole
+    weights = sum(
+        p.numel() for p in engine.model_chunks[0].parameters()
+    )  # numel() of a DTensor counts the whole tensor
     background = checkpoint.Background()
-    theirs = dist.new_group(backend="gloo")
+    torch_group = dist.new_group(backend="gloo")
     alone: list[float] = []
     taken: dict[str, list[Taken]] = {WAITED: [], OURS: [], TORCH: []}
     for rep in range(options.reps + 1):
@@ -179,9 +181,9 @@ def run(options: argparse.Namespace, name: str, folder: Path) -> list[tuple[str,
         waited = timed(partial(save, step=2 * rep))
         began = partial(save, step=2 * rep + 1, background=background)
         ours = measure(training, began, background)
-        begin = Torchs(training, folder / "torch" / str(rep), theirs)
+        begin = TorchSave(training, folder / "torch" / str(rep), torch_group)
         torchs = measure(training, begin, begin)
-        if rep:  # memory is taken and files are first written in the first
+        if rep:  # the first repetition allocates memory, and does not count
             alone += steps
             for kind, one in ((WAITED, Taken(waited, waited)), (OURS, ours), (TORCH, torchs)):
                 taken[kind].append(one)
@@ -208,7 +210,7 @@ def line(
 
 @contextmanager
 def ranks_of(launch: Launch, folder: Path) -> Iterator[None]:
-    """The default process group, of one process too."""
+    """Make the default process group, for a single process too."""
     if launch.world_size > 1:
         dist.init_process_group("gloo")
     else:
@@ -218,7 +220,7 @@ def ranks_of(launch: Launch, folder: Path) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see the module."""
+    """Run the command line; the module's docstring describes it."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.checkpoint",
         description=__doc__,
@@ -233,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--reps", 3, "saves of each kind"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{what} (default: {default})")
-    parser.add_argument("--folder", type=Path, help="where to save; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="directory to save to (default: a temporary one)")
     options = parser.parse_args(argv)
     launch = Launch()
     try:
@@ -250,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines = [line for name in OPTIMIZERS for line in run(options, name, Path(folders[0]) / name)]
             dist.barrier()
     except (UsageError, checkpoint.CheckpointError) as error:
-        refuse(error, rank=launch.rank, program="bench_checkpoint")
+        refuse(error, rank=launch.rank, program="bench.checkpoint")
     for row in (HEAD, ("---",) * len(HEAD), *lines) if launch.rank == 0 else ():
         print(f"| {' | '.join(row)} |")
 

@@ -44,7 +44,7 @@ RUNS = (
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that a result belongs to."""
+    """The machine and the package versions of a result."""
     model = platform.processor() or "unknown"
     flags: list[str] = []
     cpuinfo = Path("/proc/cpuinfo")
@@ -67,10 +67,10 @@ def environment() -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One run: all candidates for one model, number of ranks and precision.
+    """Run all candidates for one model, number of ranks and precision; returns the report.
 
     Raises:
-        UsageError: when ``options.only`` leaves no candidate.
+        UsageError: ``options.only`` leaves no candidate.
     """
     torch.set_num_threads(1)
     group = dist.group.WORLD if dist.is_initialized() and not options.single else None
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every run of BENCHMARKS.md, each in processes of its own; prints Markdown as they finish."""
+    """Do every run of BENCHMARKS.md, each in processes of its own; prints Markdown after each."""
     reports = []
     for (hidden, layers), (ranks, precision, further) in product(SIZES, RUNS):
         with tempfile.TemporaryDirectory() as directory:
@@ -144,7 +144,7 @@ def _describe(environment: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see the module."""
+    """Run the command line; the module's docstring describes it."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

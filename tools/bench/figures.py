@@ -1,4 +1,4 @@
-"""The figures that the step is to reach, and the table that says which of them it reaches."""
+"""Targets for the time of a step, and the table that shows which of them are met."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ WHOLE_STEP = tuple(f"{name}, foreach AdamW" for name in MEGATRON_EXACT)
 
 @dataclass(frozen=True)
 class Figure:
-    """Ours over theirs, at most ``target``.
+    """A target for the ratio of our time to that of peers.
 
     Attributes:
-        against: What the table calls them.
-        theirs: Names of candidates; the fastest of them counts.
-        target: Time of our fastest exact candidate over theirs.
-        case: ``step`` or ``whole step``.
-        ranks: 1 for one process.
-        hidden: Of the model.
-        layers: Of the model.
-        precision: Of both.
+        against: Name of the peers in the table.
+        theirs: Names of the peers' candidates; the fastest of them counts.
+        target: Largest ratio of the time of our fastest exact candidate to that of the fastest peer.
+        case: Kind of run, ``step`` or ``whole step``.
+        ranks: Number of ranks; 1 for one process.
+        hidden: Hidden size of the model.
+        layers: Number of layers of the model.
+        precision: Precision of Newton-Schulz, ours and the peers'.
     """
 
     against: str
@@ -57,13 +57,13 @@ FIGURES = [
     *_both_sizes("Megatron-Core's Muon, torch's AdamW", WHOLE_STEP, (0.35, 0.35), "whole step", 4, "medium"),
 ]
 SCALING, SCALING_RANKS = 1.15, (2, 4, 8)
-"""Ratio of one rank's time on these ranks, times their number, to the time of one process."""
+"""Target for the time of one rank times the number of ranks, over the time of one process; numbers of ranks."""
 
 
 def figures_table(reports: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each figure. It is met when the ratio of CPU times is, at an error not above theirs.
+    """A Markdown table with a line for each figure. A figure is met if the ratio of CPU times is, with no larger error.
 
-    Errors are compared as they are printed. A figure whose run is not among ``reports`` says so.
+    Errors are compared as they are printed. A figure whose run is not among ``reports`` is shown as not measured.
     """
     lines: list[Row] = [
         ("against", "at", "CPU, ours / theirs", "wall, ours / theirs", "target", "error, ours / theirs", "met")
@@ -86,7 +86,7 @@ def _line(figure: Figure, reports: Sequence[dict[str, Any]]) -> Row:
         return figure.against, at, "not measured", "", target, "", ""
     our, their = (min(rs, key=cpu) for rs in (ours, theirs))
     missed = ["time"] if cpu(our) / cpu(their) > figure.target else []
-    if any(float(mine) > float(its) for mine, its in zip(errors(our), errors(their), strict=True)):
+    if any(float(e) > float(peer_e) for e, peer_e in zip(errors(our), errors(their), strict=True)):
         missed.append("error")
     met = f"no: {' and '.join(missed)}" if missed else "yes"
     return (

@@ -14,23 +14,23 @@ from . import cases
 from .cases import Candidate, Matrix, Steps
 from .whole_step import Other
 
-# Two layers hold both kinds of gradient for every shape.
 CHECKED_LAYERS = 2
+"""Layers whose errors are measured. Two layers hold both kinds of gradient for every shape."""
 
 
 @dataclass
 class Result:
-    """What one candidate took.
+    """Measurements of one candidate.
 
     Attributes:
-        name: Of the candidate.
-        exact: Whether its step is meant to be that of the whole matrix.
-        ours: Whether it is this project's.
-        cpu: Seconds of CPU of the slowest rank, for each step.
-        wall: Seconds from a barrier until the last rank was done, for each step.
-        error: Largest relative error, over matrices, of the first update against the unsharded one in float64.
-        collectives: Number in one step.
-        adamw_error: As ``error``, of the parameters that are no matrices; None where there are none.
+        name: Name of the candidate.
+        exact: Whether its step is meant to be the step of the whole matrix.
+        ours: Whether the candidate is this project's.
+        cpu: CPU seconds of each step, on the slowest rank.
+        wall: Wall-clock seconds of each step, from a barrier until the last rank is done.
+        error: Largest relative error over all matrices of the first update, against the unsharded update in float64.
+        collectives: Number of collectives in one step.
+        adamw_error: The same error for the parameters that AdamW updates; None if there are none.
     """
 
     name: str
@@ -53,9 +53,11 @@ def measure(
     """Step all candidates in turn, ``reps`` times after a first step that is checked.
 
     Args:
-        matrices: Of the candidates' parameters.
-        group: The ranks that share the matrices; None for one process.
-        others: Of their other parameters.
+        candidates: Optimizers to measure.
+        matrices: Matrices that the candidates update.
+        reps: Number of timed steps of each candidate.
+        group: Ranks over which the matrices are sharded; None for one process.
+        others: Parameters that AdamW updates.
     """
     single = group is None
     polynomial = (cases.SINGLE_SET, cases.SINGLE_SCALE) if single else (cases.TP_SET, cases.TP_SCALE)
@@ -68,7 +70,7 @@ def measure(
     ]
     for rep in range(reps):
         for i in range(len(candidates)):
-            # Another one begins each time, and each follows each.
+            # Every candidate is first in some repetition.
             at = (i + rep) % len(candidates)
             cpu, wall = timed_step(candidates[at].optimizer, group)
             results[at].cpu.append(cpu)
@@ -77,14 +79,14 @@ def measure(
 
 
 def count_collectives(optimizer: Steps) -> int:
-    """Collectives that this rank takes part in during one step, which is taken."""
+    """Take one step, and count the collectives in which this rank takes part."""
     with CommDebugMode() as communication:
         optimizer.step()
     return int(communication.get_total_counts())
 
 
 def timed_step(optimizer: Steps, group: ProcessGroup | None) -> tuple[float, float]:
-    """CPU seconds and wall seconds of one step, each of the rank where it is largest."""
+    """CPU seconds and wall-clock seconds of one step, each on the rank where it is largest."""
     if group is not None:
         dist.barrier(group)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -98,7 +100,7 @@ def timed_step(optimizer: Steps, group: ProcessGroup | None) -> tuple[float, flo
 def first_errors(
     candidates: Sequence[Candidate], matrices: Sequence[Matrix], polynomial: tuple[str, str], group: ProcessGroup | None
 ) -> list[float]:
-    """For each candidate, after exactly one step, the error of its update: see :class:`Result`."""
+    """Error of each candidate's update after exactly one step, as :class:`Result` defines it."""
     size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     errors = [0.0] * len(candidates)
     for i, matrix in enumerate(matrices):
@@ -116,7 +118,7 @@ def first_errors(
 
 
 def adamw_errors(candidates: Sequence[Candidate], others: Sequence[Other], group: ProcessGroup | None) -> list[float]:
-    """As :func:`first_errors`, of the parameters that AdamW updates."""
+    """Error of each candidate's update of the parameters that AdamW updates, after exactly one step."""
     errors = [0.0] * len(candidates)
     for i, other in enumerate(others):
         expected = cases.shard(other.first_update(), other.cut, group)

@@ -1,14 +1,14 @@
-"""Measures what memory a step of Muon takes besides parameters, gradients and state, beside its peers.
+"""Measures the memory that a step of Muon takes besides parameters, gradients and state; ours and its peers.
 
     torchrun --nproc-per-node 2 -m tools.bench.memory --hidden 512 --layers 8 16
-    python -m tools.bench.memory --virtual 4 --device cuda    # rank 0 of 4 that do not exist: see tools.bench.virtual
+    python -m tools.bench.memory --virtual 4 --device cuda    # as rank 0 of 4 that do not exist, like tools.bench.virtual
 
-*temporary*: the most that a step allocates at a time, by the events of torch's allocator. *kept*: what the optimizer holds
-between steps and is no state (buffers). Both together are given per element of the largest whole matrix, 4 hidden x hidden: an
-optimizer whose figure does not grow with the layers works matrix by matrix. These are counted with torch's fake process group,
-because gloo's threads free memory where the events do not say so; what a backend itself allocates is not in them.
-*RSS*: how much the process grows during a step on real ranks, as the operating system sees it, backend included. All are those
-of the rank where they are most. The peers called local take each shard for a matrix, as ``blockwise`` does.
+*temporary*: peak of the memory that a step allocates, by the events of torch's allocator. *kept*: memory that the optimizer holds
+between steps besides its state (buffers). The sum of both is given per element of the largest whole matrix, 4 hidden x hidden: an
+optimizer whose figure does not grow with the layers works matrix by matrix. Both are counted with torch's fake process group,
+because gloo's threads free memory without an event; they do not include what a backend itself allocates.
+*RSS*: growth of the process during a step on real ranks, as the operating system sees it, including the backend. All figures are
+the largest over the ranks. The peers called local treat each shard as a matrix, as ``blockwise`` does.
 """
 
 import argparse
@@ -34,20 +34,20 @@ from . import cases, virtual
 from .command import PRECISIONS
 
 LIMIT = 20
-"""Bytes per element of the largest whole matrix that our exact modes may take, temporary and kept ones together."""
+"""Most bytes, temporary and kept, that our exact modes may take per element of the largest whole matrix."""
 WARM_UP = 2
 _MB = 1e6
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_MMAP_THRESHOLD = -3  # from malloc.h
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, the most over all ranks.
+    """Bytes on the rank where they are most.
 
     Attributes:
-        temporary: At the peak of a step.
-        kept: Between steps, besides state.
-        rss: Growth of the process in a step; nan where the system does not tell.
+        temporary: Bytes allocated at the peak of a step.
+        kept: Bytes held between steps, besides state.
+        rss: Growth of the process in a step; nan where the system does not report it.
     """
 
     temporary: float
@@ -56,7 +56,7 @@ class Memory:
 
 
 def counted(make: cases.Make, params: cases.Parameters) -> tuple[int, int]:
-    """Bytes at the peak of a step of the optimizer that ``make`` builds, and between steps; ``params`` are stepped."""
+    """Bytes at the peak of a step of the optimizer that ``make`` builds, and bytes kept between steps; steps ``params``."""
     device = params[0].device.type
     made: list[Any] = []
 
@@ -70,7 +70,7 @@ def counted(make: cases.Make, params: cases.Parameters) -> tuple[int, int]:
 
 
 def stepped(make: cases.Make, params: cases.Parameters) -> torch.optim.Optimizer:
-    """What ``make`` builds, after its first steps, which may allocate what it keeps."""
+    """The optimizer that ``make`` builds, after its first steps, which may allocate what it keeps."""
     optimizer = make(params)
     for _ in range(WARM_UP):
         optimizer.step()
@@ -78,7 +78,7 @@ def stepped(make: cases.Make, params: cases.Parameters) -> torch.optim.Optimizer
 
 
 def allocated(run: Callable[[], Any], device: str) -> tuple[int, int]:
-    """Bytes of tensors on ``device`` that ``run`` allocates: the most at a time, and those that are left at its end."""
+    """Bytes of tensors on ``device`` that ``run`` allocates: at the peak, and at the end."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -105,9 +105,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def rss_growth(run: Callable[[], Any]) -> float:
-    """Bytes by which the resident memory of this process rises above what it is now, at the peak of ``run``.
+    """Growth of this process's resident memory, in bytes, at the peak of ``run``.
 
-    Linux only, since it resets the process's high-water mark; nan elsewhere.
+    It needs Linux, where the process's high-water mark can be reset; nan elsewhere.
     """
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
@@ -186,32 +186,34 @@ def run(options: argparse.Namespace, fake: ProcessGroup, real: ProcessGroup) -> 
             with virtual.Noise() if real is fake else nullcontext():
                 optimizer = stepped(to_run[name], cases.parameters(matrices, gradients, real, options.device))
                 rss = rss_growth(optimizer.step)
-            found = torch.tensor([*taken, rss], dtype=torch.float64, device=options.device)
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=real)
-            measured[name].append(Memory(*found.tolist()))
+            most = torch.tensor([*taken, rss], dtype=torch.float64, device=options.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=real)
+            measured[name].append(Memory(*most.tolist()))
             del optimizer
     return measured
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see the module."""
+    """Run the command line; the module's docstring describes it."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hidden", type=int, default=512, help="hidden size of the GPT (default: 512)")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16], help="numbers of layers (default: 8 16)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="medium", help="of Newton-Schulz (default: medium)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="medium", help="precision of Newton-Schulz (default: medium)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="a GPU for each rank, or the CPU")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="TEXT", help="only those with one of these in the name"
     )
     parser.add_argument("--virtual", type=int, metavar="N", help="one process, as rank 0 of N")
     options = parser.parse_args(argv)
-    # The profiler tells on stderr when it starts and stops.
+    # Without it the profiler prints on stderr when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     rank = 0
     try:
-        # Ranks that run already are those of a test.
+        # In a test the ranks run already.
         if dist.is_initialized():
             rank, ranks = dist.get_rank(), dist.get_world_size()
         else:
@@ -221,14 +223,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _groups(options, rank) as (fake, real):
             measured = run(options, fake, real)
     except UsageError as error:
-        refuse(error, rank=rank, program="bench_memory")
+        refuse(error, rank=rank, program="bench.memory")
     if rank == 0:
         print("\n".join(format_rows(rows(measured, options.layers, 4 * options.hidden**2))))
 
 
 @contextmanager
 def _groups(options: argparse.Namespace, rank: int) -> Iterator[tuple[ProcessGroup, ProcessGroup]]:
-    """The fake and the real group; twice the fake one where there are no ranks."""
+    """The fake and the real group; without ranks, the fake one twice."""
     if options.virtual:
         with virtual.world(options.virtual) as groups:
             fake = groups(options.virtual, 0)

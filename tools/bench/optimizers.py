@@ -3,8 +3,8 @@
     python -m tools.bench.optimizers                 # every optimizer that has a peer
     python -m tools.bench.optimizers --names lamb came --reps 5
 
-One process. Ours and its peers take turns, step by step, on the same gradients. ``bash scripts/bootstrap.sh bench``
-installs the peers.
+It runs in one process. Our optimizer and its peers take turns, step by step, on the same gradients.
+``bash scripts/bootstrap.sh bench`` installs the peers.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Make = Callable[[list[nn.Parameter]], Any]
 
 
 def shapes() -> Iterator[tuple[int, ...]]:
-    """Shapes of GPT-2's parameters: embeddings, layers, last norm."""
+    """Shapes of GPT-2's parameters: embeddings, layers, final norm."""
     yield from ((VOCABULARY, WIDTH), (CONTEXT, WIDTH))
     for _ in range(LAYERS):
         yield from ((WIDTH,), (WIDTH,), (3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (WIDTH,))
@@ -38,7 +38,7 @@ def shapes() -> Iterator[tuple[int, ...]]:
 
 
 def peer(path: str, **kwargs: Any) -> Make:
-    """The class at ``path`` with these settings."""
+    """A function that builds the class at ``path`` with these settings."""
     module, _, name = path.rpartition(".")
     return lambda params: getattr(import_module(module), name)(params, lr=1e-4, **kwargs)
 
@@ -97,14 +97,14 @@ PEERS: dict[str, dict[str, Make]] = {
     },
     "came": {"pytorch_optimizer": peer(f"{PO}.CAME")},
     "mars": {"pytorch_optimizer": peer(f"{PO}.MARS"), "timm": peer(f"{TIMM}.Mars")},
-    # Of these nobody else has the same rule, or none that runs on a processor.
+    # No other library has the same rule, or none that runs on a CPU.
     "adafactor_sr": {},
     "sophia": {},
     "bge_adam": {},
     "hn_adam": {},
     "apollo": {},
 }
-"""By our name. A peer keeps its own defaults where the rule has no common ones; its work a step is what is compared."""
+"""Peers of each of our optimizers. A peer keeps its own defaults if the rule has no common ones: only its work counts."""
 
 OURS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
@@ -117,7 +117,7 @@ PACKAGES = ("pytorch_optimizer", "schedulefree", "timm", "bitsandbytes")
 
 
 def candidate(make: Make, grads: Sequence[Tensor]) -> Any:
-    """An optimizer of parameters of its own, with these gradients."""
+    """The optimizer that ``make`` builds, with parameters of its own that have these gradients."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(g.shape, generator=generator).mul_(0.02)) for g in grads]
     optimizer = make(params)
@@ -129,35 +129,39 @@ def candidate(make: Make, grads: Sequence[Tensor]) -> Any:
 
 
 def measure(name: str, reps: int, grads: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Seconds of each step of ours and its peers, after :data:`WARM_UP`."""
+    """Seconds of each step of our optimizer and its peers, after :data:`WARM_UP` steps."""
     cls: Any = entry_of(name).optimizer_cls
     if entry_of(name).default_param_overrides:
         grads = [g for g in grads if g.ndim == 2]
     makes: dict[str, Make] = {"shardstep": lambda params: cls(params, lr=1e-4, **OURS.get(name, {})), **PEERS[name]}
-    optimizers = {who: candidate(make, grads) for who, make in makes.items()}
-    seconds: dict[str, list[float]] = {who: [] for who in makes}
+    optimizers = {label: candidate(make, grads) for label, make in makes.items()}
+    seconds: dict[str, list[float]] = {label: [] for label in makes}
     order = list(makes)
     for rep in range(-WARM_UP, reps):
         for i in range(len(order)):
-            who = order[(i + rep) % len(order)]
+            label = order[(i + rep) % len(order)]
             start = time.perf_counter()
-            optimizers[who].step()
+            optimizers[label].step()
             if rep >= 0:
-                seconds[who].append(time.perf_counter() - start)
+                seconds[label].append(time.perf_counter() - start)
     return seconds
 
 
 def lines(name: str, seconds: dict[str, list[float]]) -> Iterator[tuple[str, ...]]:
-    """A line for each candidate: ratio of medians to the fastest peer's."""
-    best = min((statistics.median(times) for who, times in seconds.items() if who != "shardstep"), default=None)
-    for who, times in seconds.items():
+    """A line for each candidate, with the ratio of its median to the fastest peer's."""
+    best = min((statistics.median(times) for label, times in seconds.items() if label != "shardstep"), default=None)
+    for label, times in seconds.items():
         median = statistics.median(times)
-        yield name, who, f"{1e3 * median:.0f} ({1e3 * min(times):.0f})", f"{median / best:.2f}" if best else "no peer"
+        yield name, label, f"{1e3 * median:.0f} ({1e3 * min(times):.0f})", f"{median / best:.2f}" if best else "no peer"
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line; the module's docstring describes it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.optimizers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--names", nargs="+", choices=sorted(PEERS), default=list(PEERS), metavar="NAME")
     parser.add_argument("--reps", type=int, default=7, help="steps that count (default: 7)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

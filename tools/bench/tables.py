@@ -1,4 +1,4 @@
-"""Shows what the benchmark measured: a line for each candidate, with ratios to its peers."""
+"""Tables of what the benchmark measured: a line for each candidate, with ratios to its peers."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,36 +23,36 @@ def wall(result: Any) -> float:
 
 
 def seconds(times: Sequence[float]) -> str:
-    """``median (smallest)``."""
+    """The median and the smallest time, as ``median (smallest)``."""
     return f"{statistics.median(times):.3f} ({min(times):.3f})"
 
 
-def ratios(of: Sequence[Any], clock: Clock, unit: str) -> tuple[Row, list[Row]]:
-    """Heads and, for each result, columns of its time over the fastest exact peer's and over each exact peer's.
+def ratios(measured: Sequence[Any], clock: Clock, unit: str) -> tuple[Row, list[Row]]:
+    """Columns with the ratio of each result's time to the fastest exact peer's and to every exact peer's, and their heads.
 
     Args:
-        of: Results of one run.
-        clock: The time of one.
-        unit: What the heads call it.
+        measured: Results of one run.
+        clock: Function that returns the time of a result.
+        unit: Name of this time in the heads.
     """
-    peers = [r for r in of if r.exact and not r.ours]
+    peers = [r for r in measured if r.exact and not r.ours]
     columns = [(r.name.removeprefix(f"{MEGATRON} ").partition(",")[0], clock(r)) for r in peers]
     if len(peers) > 1:
         columns.insert(0, ("fastest exact peer", min(map(clock, peers))))
     head = tuple(f"{unit} / {name}" for name, _ in columns)
-    return head, [tuple(f"{clock(r) / theirs:.2f}" for _, theirs in columns) for r in of]
+    return head, [tuple(f"{clock(r) / peer_time:.2f}" for _, peer_time in columns) for r in measured]
 
 
 def errors(result: Result) -> Row:
-    """Errors of the matrices, and of the parameters that AdamW updates where there are any.
+    """Error of the matrices, and that of the parameters that AdamW updates, if there are any.
 
-    AdamW's has one digit: it is the last bit of float32, which every kernel rounds in its own way.
+    The error of AdamW is shown with one digit: it is the last bit of float32, which every kernel rounds in its own way.
     """
     return (f"{result.error:.1e}",) + (() if result.adamw_error is None else (f"{result.adamw_error:.0e}",))
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """A head and a line for each candidate; ratios are of medians, and below 1 where it is faster."""
+    """A head and a line for each candidate. Ratios are ratios of medians; below 1 the candidate is faster."""
     cpu_head, cpu_ratios = ratios(results, cpu, "CPU")
     wall_head, wall_ratios = ratios(results, wall, "wall")
     adamw = any(r.adamw_error is not None for r in results)
@@ -68,16 +68,16 @@ def rows(results: Sequence[Result]) -> list[Row]:
 def virtual_rows(results: Sequence[virtual.Result]) -> list[Row]:
     """A head and a line for each number of ranks and candidate.
 
-    The time and the operations of the rank, times the number of ranks, over those of one process: 1 is perfect scaling.
+    Time and operations of the rank, times the number of ranks, are divided by those of one process: 1 is perfect scaling.
     """
     lines: list[Row] = []
     for ranks in sorted({r.ranks for r in results} - {1}):
-        of = [r for r in results if r.ranks == ranks]
-        head, columns = ratios(of, cpu, "CPU")
+        measured = [r for r in results if r.ranks == ranks]
+        head, columns = ratios(measured, cpu, "CPU")
         if not lines:
             scaling = ("CPU x ranks / one process", "FLOPs x ranks / one process")
             lines.append(("ranks", "optimizer", "rank", "CPU s, median (min)", *scaling, *head))
-        for r, of_cpu in zip(of, columns, strict=True):
+        for r, of_cpu in zip(measured, columns, strict=True):
             name = r.name if r.exact else f"{r.name} (inexact)"
             share = (f"{x:.2f}" for x in virtual.scaling(r, results))
             lines.append((str(ranks), name, str(r.rank), seconds(r.cpu), *share, *of_cpu))
@@ -90,7 +90,7 @@ def of_report(report: dict[str, Any]) -> list[Row]:
 
 
 def results(report: dict[str, Any]) -> list[Any]:
-    """What one run measured."""
+    """The results of one run."""
     cls: Any = virtual.Result if report["case"] == "virtual" else Result
     return [cls(**result) for result in report["results"]]
 
@@ -104,6 +104,6 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def table(lines: Sequence[Row]) -> list[str]:
-    """Lines of Markdown."""
+    """A Markdown table of these lines; the first is the head."""
     head, *others = ("| " + " | ".join(line) + " |" for line in lines)
     return [head, "|" + " --- |" * len(lines[0]), *others]

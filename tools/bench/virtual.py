@@ -3,12 +3,12 @@
     python -m tools.bench --virtual 8
 
 One process is one rank of a group of 2, 4, … ranks of torch's fake process group, whose collectives send nothing and end at once.
-What is measured is what this rank's processor does: arithmetic, packing, Python. What is left out is communication, and
-waiting for slower ranks. The rank is the one with the most work in ``owner`` mode, by counted floating-point
+The work of this rank's processor is measured: arithmetic, packing, Python. Communication and waiting for slower ranks
+are left out. The rank is the one with the most work in ``owner`` mode, by counted floating-point
 operations; in the other modes all ranks have the same work.
 
-What a collective would have received is filled with gaussian noise, since products of garbage (infinities, denormal numbers) take
-another time; the filling is not counted. So the updates are noise, and errors are not looked at here: runs on real ranks do that.
+The buffers that a collective would have filled are filled with gaussian noise, since products of garbage (infinities, denormal
+numbers) take another time; the filling is not counted. The updates are noise, so errors are measured on real ranks only.
 """
 
 import statistics
@@ -34,16 +34,16 @@ from .cases import MEGATRON_EXACT, OWNER, Candidate, Matrix
 
 @dataclass
 class Result:
-    """What one candidate took on one rank.
+    """Measurements of one candidate on one rank.
 
     Attributes:
-        name: Of the candidate.
-        exact: Whether its step is meant to be that of the whole matrix.
-        ours: Whether it is this project's.
+        name: Name of the candidate.
+        exact: Whether its step is meant to be the step of the whole matrix.
+        ours: Whether the candidate is this project's.
         ranks: Size of the group.
-        rank: The one that was measured.
-        cpu: Its seconds of CPU, for each step.
-        flops: Floating-point operations of its matrix products in one step.
+        rank: Rank that was measured.
+        cpu: CPU seconds of each step on this rank.
+        flops: Floating-point operations of the rank's matrix products in one step.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Result:
 
 
 Groups = Callable[[int, int], ProcessGroup]
-"""``(ranks, rank)`` → a fake group of so many ranks, in which this process is that one."""
+"""Function from ``(ranks, rank)`` to a fake group of ``ranks`` ranks in which this process is ``rank``."""
 
 
 @contextmanager
 def world(most: int) -> Iterator[Groups]:
-    """Make this process the middle one of a fake world in which every rank of every group up to ``most`` ranks has a place.
+    """A fake world with this process in its middle, so that it can be any rank of a group of up to ``most`` ranks.
 
     Raises:
-        UsageError: when this process is a rank of a job already.
+        UsageError: This process already is a rank of a job.
     """
     if dist.is_initialized():
         raise UsageError("--virtual", most, "is for one process", hint="leave torchrun out")
@@ -76,18 +76,18 @@ def world(most: int) -> Iterator[Groups]:
 
 
 class Noise:
-    """While entered, fills what torch.distributed's collectives receive with gaussian noise.
+    """Fills the buffers that torch.distributed's collectives receive with gaussian noise, while it is entered as a context.
 
     Attributes:
-        spent: CPU seconds that it took so far.
-        filled: Collectives so far.
+        spent: CPU seconds that the filling has taken.
+        filled: Number of collectives whose buffers were filled.
     """
 
     RECEIVING = (
         "all_gather all_gather_into_tensor all_gather_single all_to_all all_to_all_single "
         "irecv recv reduce_scatter reduce_scatter_single reduce_scatter_tensor"
     ).split()
-    # A prime length, so that a matrix does not repeat its rows.
+    # The length is prime, so that no matrix repeats its rows.
     _LENGTH = 1_000_003
 
     def __init__(self) -> None:
@@ -128,14 +128,14 @@ def run(most: int, matrices: Sequence[Matrix], precision: str, reps: int, only: 
     """Step the candidates at 1, 2, 4, … ``most`` ranks in turn, ``reps`` times after a first step whose operations are counted.
 
     Args:
-        most: Ranks of the largest group, a power of two.
-        matrices: Of the whole model, which is the same at every size.
-        precision: Of Newton-Schulz.
-        reps: Timed steps.
-        only: Parts of names; candidates with none of them in their name are left out.
+        most: Number of ranks of the largest group, a power of two.
+        matrices: Matrices of the whole model, which is the same for every number of ranks.
+        precision: Precision of Newton-Schulz.
+        reps: Number of timed steps.
+        only: Parts of names; only candidates with one of them in their name run. Empty for all.
 
     Raises:
-        RuntimeError: when a candidate receives something that is not filled.
+        RuntimeError: A candidate receives data that :class:`Noise` does not fill.
     """
     results: list[Result] = []
     steps: list[cases.Steps] = []
@@ -166,9 +166,9 @@ def _makers(ranks: int, precision: str, group: ProcessGroup, only: Sequence[str]
     chosen = {name: make for name, make in makers.items() if not only or any(part in name for part in only)}
     if ranks > 1:
         return chosen
-    # On one rank all modes are the same step: one of each project will do.
-    whose = {name.split()[0] for name in chosen}
-    return {name: makers[name] for name in (MEGATRON_EXACT[0], OWNER) if name.split()[0] in whose}
+    # On one rank all modes take the same step, so one of each project is enough.
+    projects = {name.split()[0] for name in chosen}
+    return {name: makers[name] for name in (MEGATRON_EXACT[0], OWNER) if name.split()[0] in projects}
 
 
 def _busiest(ranks: int, groups: Groups, matrices: Sequence[Matrix], precision: str, noise: Noise) -> int:
@@ -184,13 +184,13 @@ def _in_place(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
     return 2 * prod(a) * b[-1]
 
 
-# The counter knows the others.
+# torch's counter knows all other products.
 _PRODUCTS = {torch.ops.aten.addmm_: _in_place, torch.ops.aten.baddbmm_: _in_place}
 _SENDING = {"allreduce_", "barrier", "broadcast_", "reduce_", "send"}
 
 
 def _flops(candidate: Candidate, noise: Noise) -> int:
-    """Floating-point operations of a step, which is taken; checks that all that it receives is filled."""
+    """Take a step and count its floating-point operations; checks that all that it receives is filled."""
     before = noise.filled
     with CommDebugMode() as communication, FlopCounterMode(display=False, custom_mapping=_PRODUCTS) as counter:
         candidate.optimizer.step()

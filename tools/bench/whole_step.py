@@ -1,4 +1,4 @@
-"""The whole step of a GPT: its matrices by Muon, everything else by AdamW, ours beside Megatron-Core's Muon and torch's AdamW."""
+"""The whole step of a GPT, matrices by Muon and the rest by AdamW: ours, and Megatron-Core's Muon with torch's AdamW."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from . import cases
 from .cases import Candidate, Matrix, Parameters, Steps
 
 VOCABULARY = 50304
-"""GPT-2's, padded to a multiple of 128."""
+"""Rows of GPT-2's embedding, padded to a multiple of 128."""
 BETAS, EPS = (0.9, 0.999), 1e-8
-_SEEDS = 1_000_000  # above those of the matrices
+_SEEDS = 1_000_000  # first seed of these parameters, above the seeds of the matrices
 
 
 @dataclass(frozen=True)
 class Other:
-    """A parameter that is no matrix of Muon's: ``name``, whole ``shape``, cut along ``cut`` or copied on every rank."""
+    """A parameter that AdamW updates: ``name``, whole ``shape``, sharded along the dim ``cut`` or, for None, copied."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,25 +31,25 @@ class Other:
 
     @property
     def decay(self) -> float:
-        """Weight decay; vectors have none."""
+        """Weight decay; 0 for vectors."""
         return cases.DECAY if len(self.shape) > 1 else 0.0
 
     def weight(self) -> Tensor:
-        """``shape`` float32, the same on every rank."""
+        """The whole weight, ``shape`` in float32, the same on every rank."""
         return cases.normal(self.seed, 0, *self.shape) * 0.02
 
     def gradient(self) -> Tensor:
-        """``shape`` float32, gaussian."""
+        """The whole gradient, ``shape`` in float32, gaussian."""
         return cases.normal(self.seed, 1, *self.shape)
 
     def first_update(self) -> Tensor:
-        """``shape`` float64: what AdamW subtracts, times lr, in its first step, decay aside."""
+        """First update of AdamW, ``shape`` in float64: without weight decay, and before it is multiplied by lr."""
         g = self.gradient().double()
         return g / (g.abs() + EPS)
 
 
 def gpt_others(hidden: int, layers: int, vocabulary: int) -> list[Other]:
-    """The embedding, and the norms and biases of each layer and of the end, cut as Megatron cuts them."""
+    """The embedding, and the norms and biases of each layer and of the end, sharded as in Megatron."""
     h = hidden
     shapes: list[tuple[str, tuple[int, ...], int | None]] = [("embedding", (vocabulary, h), 0)]
     for i in range(layers):
@@ -61,13 +61,13 @@ def gpt_others(hidden: int, layers: int, vocabulary: int) -> list[Other]:
 
 
 class Both:
-    """Muon, then AdamW."""
+    """An optimizer that steps Muon, then AdamW."""
 
     def __init__(self, muon: Steps, adamw: Steps) -> None:
         self.muon, self.adamw = muon, adamw
 
     def step(self) -> None:
-        """A step of each."""
+        """Step both."""
         self.muon.step()
         self.adamw.step()
 
@@ -78,11 +78,11 @@ def candidates(
     """Megatron-Core's exact modes with torch's foreach AdamW, and the optimizer that :func:`get_optimizer` makes of ``owner``.
 
     Args:
-        matrices: Muon's.
-        others: AdamW's.
-        precision: Of Newton-Schulz.
-        group: The ranks that share both.
-        only: Parts of names; candidates with none of them in their name are left out.
+        matrices: Parameters that Muon updates.
+        others: Parameters that AdamW updates.
+        precision: Precision of Newton-Schulz.
+        group: Ranks over which both are sharded.
+        only: Parts of names; only candidates with one of them in their name are built. Empty for all.
     """
     makers = cases.tensor_parallel(precision, group)
     gradients = [cases.shard(m.gradient(), m.cut, group) for m in matrices]

@@ -1,4 +1,4 @@
-"""Looks at checkpoints, compares, checks, recuts and converts them; one process, no GPU, and nothing in them is executed.
+"""Inspects, verifies, compares, reshards and converts checkpoints, in one process, without a GPU; executes nothing in them.
 
     python -m tools.ckpt inspect DIR --keys 'model.*'
     python -m tools.ckpt verify DIR --all
@@ -9,7 +9,7 @@
     python -m tools.ckpt convert MEGATRON_DIR DST --from megatron
     python -m tools.ckpt convert DIR DST --to megatron
 
-DIR is what --save wrote to, for its newest checkpoint or the one of --step, or one iter_... folder. Exit code 0: done, nothing
+DIR is the directory of --save, for its newest checkpoint or that of --step, or one iter_... folder. Exit code 0: done, nothing
 wrong; 1: damaged, refused or different; 2: the command was wrong.
 """
 
@@ -35,32 +35,33 @@ from .torch_file import from_torch, to_torch
 from .writer import Writer
 
 WRONG = 1
-"""Exit code for a checkpoint that is damaged, refused, or unlike another."""
+"""Exit code for a checkpoint that is damaged, refused or different."""
 MOST_FILES = 1024
-"""All of them are open at once."""
+"""Largest number of files to write, which are all open at the same time."""
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """What a checkpoint says of itself, and a table of its tensors."""
+    """Show the manifest of a checkpoint and a table of its tensors."""
     source = open_source(options.dir, options.step)
-    said, tensors = source.manifest, source.reader.tensors()
+    manifest, tensors = source.manifest, source.reader.tensors()
     wanted = selection(tensors, options.keys) if options.keys else tensors
     if not wanted:
         raise UsageError(
             "--keys", " ".join(options.keys), "no key matches", possible=f"keys like {next(iter(tensors), '')}"
         )
     optimizers = {
-        g.optimizer: sum(len(h.parameters) for h in said.groups if h.optimizer == g.optimizer) for g in said.groups
+        g.optimizer: sum(len(h.parameters) for h in manifest.groups if h.optimizer == g.optimizer)
+        for g in manifest.groups
     }
     facts = [
         ("folder", str(source.folder)),
-        ("step", f"{said.step}, {said.consumed_samples} samples"),
+        ("step", f"{manifest.step}, {manifest.consumed_samples} samples"),
         ("layout", _layout(source)),
         ("optimizers", ", ".join(f"{name} ({count} parameters)" for name, count in optimizers.items()) or "none"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in said.versions.items())),
-        ("format", str(said.format)),
-        ("config", said.config),
-        ("bytes", f"{sum(said.files.values()):,} in {len(said.files)} files"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        ("format", str(manifest.format)),
+        ("config", manifest.config),
+        ("bytes", f"{sum(manifest.files.values()):,} in {len(manifest.files)} files"),
     ]
     print("\n".join(format_rows(facts)))
     storage = source.reader.read_metadata().storage_data
@@ -73,16 +74,16 @@ def inspect(options: argparse.Namespace) -> int:
         rows.append((key, dtype, shape, f"{size:,}", str(len(places)), str(len(names))))
     print("\n".join(["", *format_rows(rows), f"{len(wanted)} of {len(tensors)} tensors"]))
     if objects := source.reader.objects():
-        some = ", ".join(objects[:3]) + (f" and {len(objects) - 3} more" if len(objects) > 3 else "")
-        print(f"not tensors, and not read by this package: {some}")
+        first = ", ".join(objects[:3]) + (f" and {len(objects) - 3} more" if len(objects) > 3 else "")
+        print(f"not tensors, and not read by this package: {first}")
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Sizes and SHA-256 of all files, of the newest checkpoint or of all of them."""
-    found = find(options.dir, options.step)
+    """Check the size and SHA-256 of every file, of the newest checkpoint or of all checkpoints."""
+    folders = find(options.dir, options.step)
     code = 0
-    for folder in found if options.all else found[:1]:
+    for folder in folders if options.all else folders[:1]:
         try:
             source = open_source(str(folder))
             wrong = source.verify()
@@ -101,29 +102,29 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def diff(options: argparse.Namespace) -> int:
-    """What differs between two checkpoints."""
+    """Show what differs between two checkpoints."""
     a, b = (open_source(path, options.step) for path in (options.a, options.b))
     rows = [*manifest_rows(a.manifest, b.manifest), *keys(a, b)]
     if rows:
         print("\n".join(format_rows([("", "in A", "in B"), *rows])))
     differ = bool(rows)
     if options.values:
-        found = values(a, b)
-        apart = [d for d in found if not d.equal]
-        if apart:
-            table = [(d.key, f"{d.largest:.3e}", f"{d.relative:.3e}") for d in apart]
+        distances = values(a, b)
+        unequal = [d for d in distances if not d.equal]
+        if unequal:
+            table = [(d.key, f"{d.largest:.3e}", f"{d.relative:.3e}") for d in unequal]
             print("\n".join(format_rows([("values of", "largest difference", "relative"), *table])))
-        unlike = objects(a, b)
-        print("".join(f"{key}, which is not a tensor, is not stored alike\n" for key in unlike), end="")
-        print(f"{len(found) - len(apart)} of {len(found)} tensors that both have are equal, bit for bit")
-        differ = differ or bool(apart) or bool(unlike)
+        changed = objects(a, b)
+        print("".join(f"{key}, which is not a tensor, is not stored alike\n" for key in changed), end="")
+        print(f"{len(distances) - len(unequal)} of {len(distances)} tensors that both have are equal, bit for bit")
+        differ = differ or bool(unequal) or bool(changed)
     elif not differ:
         print("no difference in settings, keys, dtypes and shapes; values were not compared (--values)")
     return WRONG if differ else 0
 
 
 def reshard(options: argparse.Namespace) -> int:
-    """Write a checkpoint anew, its tensors cut over files for as many ranks to read in parallel; one in memory at a time."""
+    """Write a checkpoint with its tensors cut over files for parallel reading; one tensor is in memory at a time."""
     source = open_source(options.src, options.step).verified()
     with Writer(options.dst, source.manifest.step, options.files) as writer:
         for key in source.reader.tensors():
@@ -137,7 +138,7 @@ def reshard(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """From another format, or to one."""
+    """Convert a checkpoint from another format, or to one."""
     notes: list[str] = []
     if options.source:
         if options.layers or options.weights:
@@ -159,7 +160,7 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code.
+    """Run one command; returns the exit code.
 
     Raises:
         SystemExit: with code 2, for a command that cannot be run.

@@ -1,4 +1,4 @@
-"""How two checkpoints differ: in what they say of themselves, in their keys, and in the values of their tensors."""
+"""The differences between two checkpoints: in their manifests, their keys, and the values of their tensors."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from core.checkpoint.manifest import Manifest
 from .source import Source
 
 WIDTH = 60
-"""Characters of a value that a table shows."""
-_PIECE = 1 << 20  # entries compared at once, in float64
+"""Number of characters of a value that a table shows."""
+_PIECE = 1 << 20  # entries that are compared at once, in float64
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two tensors of one shape are apart.
+    """Distance between two tensors of one shape.
 
     Attributes:
-        key: Of both.
-        equal: Bit for bit.
-        largest: The largest absolute difference; not a number where one of them has such an entry and the other has not.
-        relative: That over the largest absolute value of the first.
+        key: Key of both tensors.
+        equal: Whether the tensors are equal bit for bit.
+        largest: Largest absolute difference; nan if an entry is nan in only one of them.
+        relative: ``largest`` over the largest absolute value of the first tensor.
     """
 
     key: str
@@ -34,7 +34,7 @@ class Distance:
 
 
 def manifest_rows(a: Manifest, b: Manifest) -> Iterator[tuple[str, str, str]]:
-    """``(what, in a, in b)`` for all that two manifests say of the runs and that is not the same."""
+    """Rows ``(name, in a, in b)`` for all entries of the two manifests that differ."""
     for name in ("step", "consumed_samples", "layout", "optimizers", "config"):
         yield from _differing(name, getattr(a, name), getattr(b, name))
     for name in ("schedule", "extra"):
@@ -43,36 +43,36 @@ def manifest_rows(a: Manifest, b: Manifest) -> Iterator[tuple[str, str, str]]:
 
 
 def keys(a: Source, b: Source) -> Iterator[tuple[str, str, str]]:
-    """``(key, in a, in b)`` for all keys that only one has, or that have another dtype or shape."""
+    """Rows ``(key, in a, in b)`` for all keys that only one has, or whose dtype or shape differs."""
     in_a, in_b = _describe(a), _describe(b)
     for key in sorted({*in_a, *in_b}):
         yield from _differing(key, in_a.get(key, "missing"), in_b.get(key, "missing"))
 
 
 def values(a: Source, b: Source) -> list[Distance]:
-    """One for each tensor of equal shapes, the farthest apart first; two tensors are in memory at a time."""
+    """Distance of each pair of tensors of one shape, the largest first; two tensors are in memory at a time."""
     in_a, in_b = a.reader.tensors(), b.reader.tensors()
     both = [key for key, x in in_a.items() if key in in_b and in_b[key].size == x.size]
-    found = [distance(key, a.reader.whole(key), b.reader.whole(key)) for key in both]
-    return sorted(found, key=lambda d: (d.equal, -_rank(d.relative), -_rank(d.largest), d.key))
+    distances = [distance(key, a.reader.whole(key), b.reader.whole(key)) for key in both]
+    return sorted(distances, key=lambda d: (d.equal, -_rank(d.relative), -_rank(d.largest), d.key))
 
 
 def objects(a: Source, b: Source) -> list[str]:
-    """Keys of objects that both have and that are not stored alike."""
+    """Keys of objects that both have and whose stored bytes differ."""
     both = set(a.reader.objects()) & set(b.reader.objects())
     return sorted(key for key in both if a.reader.raw(key) != b.reader.raw(key))
 
 
 def distance(key: str, x: Tensor, y: Tensor) -> Distance:
-    """How far two tensors of one shape are apart."""
+    """The distance between two tensors of one shape, which may have different dtypes."""
     same_bits = x.dtype == y.dtype and torch.equal(_bytes(x), _bytes(y))
     if same_bits or not x.numel():
         return Distance(key, same_bits, 0.0, 0.0)
     largest = scale = torch.zeros((), dtype=torch.float64)
     for one, other in zip(x.reshape(-1).split(_PIECE), y.reshape(-1).split(_PIECE), strict=True):
         left, right = _real(one), _real(other)
-        apart = torch.where((left == right) | (left.isnan() & right.isnan()), 0.0, (left - right).abs())
-        largest, scale = torch.maximum(largest, apart.max()), torch.maximum(scale, left.abs().max())
+        difference = torch.where((left == right) | (left.isnan() & right.isnan()), 0.0, (left - right).abs())
+        largest, scale = torch.maximum(largest, difference.max()), torch.maximum(scale, left.abs().max())
     relative = largest / scale if scale else largest
     return Distance(key, False, float(largest), float(relative))
 
@@ -114,7 +114,7 @@ def _entries(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[
 
 
 def _settings(a: Manifest, b: Manifest) -> Iterator[tuple[str, str, str]]:
-    """A row for each setting, however many parameters have it."""
+    """One row for each setting that differs, with the number of parameters that have it."""
     in_a, in_b = _by_parameter(a), _by_parameter(b)
     counts: dict[tuple[str, str, str], int] = {}
     for name in sorted(in_a.keys() & in_b.keys()):

@@ -1,8 +1,8 @@
-"""A checkpoint from one that Megatron-Core wrote (``torch_dist``), and one for Megatron-Core from ours.
+"""Converts a checkpoint of Megatron-Core (``torch_dist``) to one of this package, and back.
 
-Megatron-Core stacks the layers of a stage under one key, has no ``model.`` before the names, one step for all parameters, and
-beside weights of 16 bits the float32 ones that its optimizer steps. Here every layer has its own keys, and a weight that has
-a float32 one beside it is that one. Names stay Megatron-Core's.
+Megatron-Core stacks the layers of a stage under one key, puts no ``model.`` before the names, keeps one step for all parameters,
+and beside weights of 16 bits the float32 weights that its optimizer steps. In checkpoints of this package every layer has its
+own keys, and weights are these float32 weights. Names stay Megatron-Core's.
 """
 
 import json
@@ -28,26 +28,27 @@ from .torch_file import ONE_PROCESS
 from .writer import Writer
 
 LAYERS = ("stacked", "separate")
-"""Whether Megatron-Core's layers are one tensor, as is its default, or have keys of their own (``non_homogeneous_layers``)."""
+"""Forms of Megatron-Core's layers: one tensor, its default, or keys of their own (``non_homogeneous_layers``)."""
 WEIGHTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Dtypes of weights that Megatron-Core keeps float32 ones beside."""
+"""Dtypes of weights beside which Megatron-Core keeps float32 weights."""
 MASTER = f"{STATE}fp32_param."
 OPTIMIZERS = {
     frozenset({"exp_avg", "exp_avg_sq"}): "AdamW",
     frozenset({"momentum_buffer"}): "TensorParallelMuon",
     frozenset({"momentum_buffer", "moment2_buffer"}): "TensorParallelAdaptiveMuon",
 }
-"""Slots of a parameter in Megatron-Core → the class that has them here."""
+"""Slots of a parameter's state in Megatron-Core → class of this package that has the same slots."""
 _STACKED = re.compile(r"((?:[^.]+\.)*?layers)\.(?!\d+\.)(.+)")
 _LAYER = re.compile(r"((?:[^.]+\.)*?(?<!mtp\.)layers)\.(\d+)\.(.+)")
 _CHAINED = re.compile(r"chained_\d+\.(?=optimizer\.state\.)")
 
 
 def from_megatron(path: str, step: int | None, directory: str, files: int) -> tuple[Path, list[str]]:
-    """Write what Megatron-Core saved under ``path``; the new folder, and notes on what has changed its form.
+    """Convert what Megatron-Core saved in ``path``; returns the new folder, and notes on what has changed its form.
 
     Raises:
-        CheckpointError: It could execute code, is of another format, or holds state that no optimizer here has.
+        CheckpointError: The checkpoint could execute code, has another format, or holds state that no optimizer of this
+            package has.
     """
     folder = find(path, step)[0]
     _check_format(folder)
@@ -79,7 +80,7 @@ def from_megatron(path: str, step: int | None, directory: str, files: int) -> tu
                 writer.add_raw(key, reader.raw(key))
         write_common(writer)
         layers = "stacked" if any(map(_STACKED.fullmatch, keys)) else "separate"
-        said = Manifest(
+        manifest = Manifest(
             step=at,
             consumed_samples=count(getattr(common.get("args"), "consumed_train_samples", 0), f"samples of {folder}"),
             optimizers=sorted({group.optimizer for group in groups}),
@@ -88,7 +89,7 @@ def from_megatron(path: str, step: int | None, directory: str, files: int) -> tu
             config=config_digest(groups),
             **ONE_PROCESS,
         )
-        made = writer.commit(said)
+        made = writer.commit(manifest)
     notes = [f"weights are their float32 masters: {len(masters)} tensors of Megatron-Core"] if masters else []
     return made, [*notes, f"layers were {layers}; each now has keys of its own"]
 
@@ -96,28 +97,28 @@ def from_megatron(path: str, step: int | None, directory: str, files: int) -> tu
 def to_megatron(
     source: Source, directory: str, layers: str | None, weights: str | None, files: int
 ) -> tuple[Path, list[str]]:
-    """Write a checkpoint for Megatron-Core's ``dist_checkpointing``; the new folder, and notes on what is not in it.
+    """Write a checkpoint for Megatron-Core's ``dist_checkpointing``; returns the new folder, and notes on what is not in it.
 
     Args:
-        source: One of ours.
-        directory: What Megatron-Core's ``--load`` will be given.
-        layers: One of :data:`LAYERS`; None: as when it came from Megatron-Core, or stacked.
-        weights: Dtype of the weights of a run that trains in 16 bits, which then have float32 ones beside them; None: as when
-            it came from Megatron-Core, or as they are.
+        source: Checkpoint of this package.
+        directory: Directory for Megatron-Core's ``--load``.
+        layers: Form of the layers, one of :data:`LAYERS`. None for the form in which they came from Megatron-Core, or stacked.
+        weights: Dtype of the weights of a run that trains in 16 bits, beside which float32 weights are written. None for the
+            dtypes with which they came from Megatron-Core, or the dtypes that they have.
         files: Number of files with tensors.
 
     Raises:
-        CheckpointError: Layers that are to be stacked differ.
+        CheckpointError: Layers to be stacked have different shapes, dtypes or keys.
     """
-    reader, said = source.reader, source.manifest
-    came = said.extra.get("megatron")
-    came = came if isinstance(came, dict) else {}
-    stacked = (layers or came.get("layers", "stacked")) == "stacked"
-    narrow = _narrow(source, weights, came.get("weights"))
+    reader, manifest = source.reader, source.manifest
+    origin = manifest.extra.get("megatron")
+    origin = origin if isinstance(origin, dict) else {}
+    stacked = (layers or origin.get("layers", "stacked")) == "stacked"
+    narrow = _narrow(source, weights, origin.get("weights"))
     left_out = [key for key in reader.tensors() if not key.startswith((MODEL, STATE)) or base_of(key)[1]]
     wanted = [key for key in reader.tensors() if key not in left_out and not key.startswith(f"{STATE}step.")]
     common, write_common = _common(source.folder, reader)
-    with Writer(directory, said.step, files) as writer:
+    with Writer(directory, manifest.step, files) as writer:
         for key, parts in _stacks([key.removeprefix(MODEL) for key in wanted], stacked, source.folder).items():
             prefix = "" if key.startswith(STATE) else MODEL
             whole = _stack([f"{prefix}{part}" for part in parts], key != parts[0], reader)
@@ -132,8 +133,10 @@ def to_megatron(
         if "optimizer" in common:
             write_common(writer)
         else:
-            writer.add_common({"iteration": said.step, "checkpoint_version": 3.0, **_step_of_all(source)})
-        made = writer.commit(replace(said, groups=[], optimizers=[], config=config_digest([]), files={}, **ONE_PROCESS))
+            writer.add_common({"iteration": manifest.step, "checkpoint_version": 3.0, **_step_of_all(source)})
+        made = writer.commit(
+            replace(manifest, groups=[], optimizers=[], config=config_digest([]), files={}, **ONE_PROCESS)
+        )
     notes = [f"not in it, since only the layout that saved can use them: {', '.join(left_out)}"] if left_out else []
     if "optimizer" not in common:
         notes.append(
@@ -149,12 +152,12 @@ def _check_format(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         backend = None
     if backend != "torch_dist":
-        found = f"is of format {backend}" if backend else f"has no {MEGATRON} that says its format"
-        raise CheckpointError(f"{folder} {found}; possible: torch_dist of Megatron-Core.")
+        problem = f"is of format {backend}" if backend else f"has no {MEGATRON} that says its format"
+        raise CheckpointError(f"{folder} {problem}; possible: torch_dist of Megatron-Core.")
 
 
 def _check_keys(folder: Path, keys: Iterable[str]) -> None:
-    """Flat buckets of the distributed optimizer belong to one layout, and cannot be cut into parameters."""
+    """Refuse flat buckets of the distributed optimizer, which belong to one layout and cannot be split into parameters."""
     if any(key.startswith(MODEL) for key in keys):
         raise CheckpointError(
             f"{folder} has keys that begin with {MODEL}: this package wrote it, and reads it as it is."
@@ -167,18 +170,18 @@ def _check_keys(folder: Path, keys: Iterable[str]) -> None:
 
 
 def _common(folder: Path, reader: SafeReader) -> tuple[Mapping[str, Any], Callable[[Writer], None]]:
-    """What Megatron-Core keeps besides tensors, and how to write it again as it is stored."""
+    """What Megatron-Core keeps besides tensors, and a function that writes the same bytes again."""
     legacy = folder / LEGACY
     where = legacy.name if legacy.is_file() else COMMON
     if where == COMMON and COMMON not in reader.objects():
         raise CheckpointError(f"{folder} has neither {COMMON} nor {LEGACY}: Megatron-Core did not write it.")
     raw = legacy.read_bytes() if where == LEGACY else reader.raw(COMMON)
-    found = harmless(raw, f"{folder}: {where}")
+    common = harmless(raw, f"{folder}: {where}")
     if where == COMMON:
-        found = found[0] if isinstance(found, list) and len(found) == 1 else None
-    if not isinstance(found, dict):
+        common = common[0] if isinstance(common, list) and len(common) == 1 else None
+    if not isinstance(common, dict):
         raise CheckpointError(f"{folder}: {where} is not what Megatron-Core writes.")
-    return found, partial(Writer.add_file if where == LEGACY else Writer.add_raw, name=where, raw=raw)
+    return common, partial(Writer.add_file if where == LEGACY else Writer.add_raw, name=where, raw=raw)
 
 
 def _master(folder: Path, key: str, weight: Tensor, master: Tensor) -> Tensor:
@@ -210,13 +213,13 @@ def _groups(folder: Path, slots: Mapping[str, set[str]]) -> list[Group]:
 
 
 def _common_step(folder: Path, common: Mapping[str, Any]) -> int:
-    """Steps that the optimizer has made: of all parameters, or of their groups."""
+    """Number of steps of the optimizer, which Megatron-Core keeps for all parameters or for their groups."""
     for name in ("common_step", "step"):
-        found = {count(x, f"{name} of {folder}") for x in _values(common.get("optimizer"), name)}
-        if len(found) == 1:
-            return found.pop()
-        if found:
-            raise CheckpointError(f"{folder}: optimizers at different steps, {sorted(found)}; only one is possible.")
+        steps = {count(x, f"{name} of {folder}") for x in _values(common.get("optimizer"), name)}
+        if len(steps) == 1:
+            return steps.pop()
+        if steps:
+            raise CheckpointError(f"{folder}: optimizers at different steps, {sorted(steps)}; only one is possible.")
     raise CheckpointError(f"{folder}: {COMMON} does not say how many steps Adam has made.")
 
 
@@ -226,14 +229,14 @@ def _values(tree: Any, name: str) -> list[Any]:
     return [x for value in tree for x in _values(value, name)] if isinstance(tree, list) else []
 
 
-def _narrow(source: Source, weights: str | None, came: Any) -> dict[str, torch.dtype]:
-    """Names of float32 weights, one by one, that are to be narrower in the model → that dtype."""
+def _narrow(source: Source, weights: str | None, original: Any) -> dict[str, torch.dtype]:
+    """Name of each float32 weight that Megatron-Core's model gets in 16 bits → dtype in the model."""
     with_state = [name for group in source.manifest.groups for name in group.parameters]
     tensors = source.reader.tensors()
-    was = came if isinstance(came, dict) else {}
+    dtypes = original if isinstance(original, dict) else {}
     narrow = {}
     for name in with_state:
-        dtype = weights or was.get(name) or was.get(_without_number(name))
+        dtype = weights or dtypes.get(name) or dtypes.get(_without_number(name))
         saved = tensors.get(f"{MODEL}{name}")
         if (
             isinstance(dtype, str)
@@ -251,18 +254,18 @@ def _without_number(name: str) -> str:
 
 
 def _stacks(keys: Iterable[str], stacked: bool, folder: Path) -> dict[str, list[str]]:
-    """Megatron-Core's key → ours that it is made of, in the order of layers."""
-    found: dict[str, dict[int, str]] = {}
+    """Key of Megatron-Core → keys of this package that it is made of, in the order of layers."""
+    stacks: dict[str, dict[int, str]] = {}
     for key in keys:
         match = _LAYER.fullmatch(key) if stacked else None
-        found.setdefault(_without_number(key) if match else key, {})[int(match[2]) if match else 0] = key
-    layers = max((len(parts) for parts in found.values()), default=0)
-    for key, parts in found.items():
+        stacks.setdefault(_without_number(key) if match else key, {})[int(match[2]) if match else 0] = key
+    layers = max((len(parts) for parts in stacks.values()), default=0)
+    for key, parts in stacks.items():
         if key not in parts.values() and sorted(parts) != list(range(layers)):
             raise CheckpointError(
                 f"{folder}: {key} is not in each of {layers} layers, so they cannot be stacked; give --layers separate."
             )
-    return {key: [parts[i] for i in sorted(parts)] for key, parts in found.items()}
+    return {key: [parts[i] for i in sorted(parts)] for key, parts in stacks.items()}
 
 
 def _stack(keys: list[str], stacked: bool, reader: SafeReader) -> Tensor:

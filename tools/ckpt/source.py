@@ -1,4 +1,4 @@
-"""Opening a checkpoint for the tools: nothing in it is executed, and what could be is refused."""
+"""Opens a checkpoint without executing anything in it; what could be executed is refused."""
 
 import io
 import re
@@ -16,8 +16,8 @@ from core.checkpoint.reader import SafeReader
 from ..usage import UsageError
 
 LEGACY = "common.pt"
-"""Where Megatron-Core kept what is no tensor before it had an entry; where both are, it reads this one."""
-_MEGATRONS = (
+"""File in which older Megatron-Core kept what is not a tensor; if a newer entry exists too, it reads this file."""
+_MEGATRON_CLASSES = (
     *("megatron.core.enums.ModelType", "megatron.core.optimizer.optimizer_config.OptimizerConfig"),
     *(f"megatron.core.rerun_state_machine.Rerun{name}" for name in ("Diagnostic", "Mode", "State")),
     *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "CudaGraphModule", "CudaGraphScope")),
@@ -26,11 +26,11 @@ _MEGATRONS = (
     *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"),
     *("numpy.dtypes.UInt32DType", "torch._C.Generator"),
 )
-"""What Megatron-Core's own objects may name. None of it is imported: each becomes a :class:`Record`."""
+"""Classes that Megatron-Core's own objects may name. None of them is imported: each object becomes a :class:`Record`."""
 
 
 class Record:
-    """Stands for an object of another package: what it was made from, and its attributes."""
+    """A stand-in for an object of another package, with its constructor's arguments and its attributes."""
 
     def __init__(self, *made_from: Any) -> None:
         self.made_from = made_from
@@ -44,10 +44,10 @@ class Source:
     """A checkpoint whose sizes are right and whose metadata is harmless; its contents are not verified.
 
     Attributes:
-        folder: Where it lies.
-        manifest: What it says of itself.
-        digests: Name → SHA-256 of its files.
-        reader: Of its tensors.
+        folder: Folder of the checkpoint.
+        manifest: Manifest of the checkpoint.
+        digests: Name → SHA-256 of each file, as they were written.
+        reader: Reader of the tensors.
     """
 
     folder: Path
@@ -60,10 +60,10 @@ class Source:
         return digests.wrong(self.folder, self.digests, sorted(self.manifest.files))
 
     def verified(self) -> "Source":
-        """This one.
+        """This source, after a check of all files.
 
         Raises:
-            CheckpointError: when a file is not what was written: a copy of it would look whole.
+            CheckpointError: A file is not what was written; a copy of it would look undamaged.
         """
         if wrong := self.verify():
             raise CheckpointError(
@@ -73,44 +73,44 @@ class Source:
 
 
 def open_source(path: str, step: int | None = None) -> Source:
-    """The newest checkpoint under ``path``, or the one of ``step``, or the one that ``path`` itself is.
+    """Open the newest checkpoint in ``path``, or the one of ``step``, or ``path`` itself if it is a checkpoint.
 
     Raises:
-        UsageError: ``path`` is no directory.
-        CheckpointError: It is damaged, or holds something that could execute code.
+        UsageError: ``path`` is not a directory.
+        CheckpointError: The checkpoint is damaged, or holds something that could execute code.
     """
     folder = find(path, step)[0]
-    said, digests = directory.inspect(folder)
-    return Source(folder, said, digests, safe_reader(folder))
+    written_manifest, recorded = directory.inspect(folder)
+    return Source(folder, written_manifest, recorded, safe_reader(folder))
 
 
 def find(path: str, step: int | None = None) -> list[Path]:
-    """Folders of checkpoints under ``path``, newest first.
+    """Folders of the checkpoints in ``path``, newest first.
 
     Raises:
-        UsageError: ``path`` is no directory.
-        CheckpointError: There is none.
+        UsageError: ``path`` is not a directory.
+        CheckpointError: There is no checkpoint.
     """
-    given = Path(path).resolve()
-    if not given.is_dir():
-        problem = "is a file" if given.exists() else "does not exist"
+    root = Path(path).resolve()
+    if not root.is_dir():
+        problem = "is a file" if root.exists() else "does not exist"
         raise UsageError("DIR", path, problem, possible="what --save wrote to, or one iter_… folder in it")
-    alone = re.fullmatch(r"(?:\.old_)?iter_(\d+)", given.name)
-    if alone or (given / manifest.NAME).exists() or (given / ".metadata").exists():
-        if step is not None and not (alone and int(alone[1]) == step):
-            raise UsageError("--step", step, f"{given.name} is one checkpoint", hint="give the directory above it")
-        return [given]
-    found, problems = directory.candidates(given, step)
+    single = re.fullmatch(r"(?:\.old_)?iter_(\d+)", root.name)
+    if single or (root / manifest.NAME).exists() or (root / ".metadata").exists():
+        if step is not None and not (single and int(single[1]) == step):
+            raise UsageError("--step", step, f"{root.name} is one checkpoint", hint="give the directory above it")
+        return [root]
+    folders, problems = directory.candidates(root, step)
     for problem in problems:
         print(f"ckpt: warning: {problem}", file=sys.stderr)
-    return found
+    return folders
 
 
 def safe_reader(folder: Path) -> SafeReader:
-    """Reads ``folder``, all of whose objects are harmless.
+    """A reader of ``folder``, after a check that all of its objects are harmless.
 
     Raises:
-        CheckpointError: when one names something that could execute code.
+        CheckpointError: An object names something that could execute code.
     """
     reader = SafeReader(folder)
     for key in reader.objects():
@@ -121,13 +121,13 @@ def safe_reader(folder: Path) -> SafeReader:
 
 
 def harmless(raw: bytes | Path, where: str) -> Any:
-    """What ``torch.save`` wrote, read weights-only; objects of Megatron-Core come back as :class:`Record`.
+    """Read what ``torch.save`` wrote, weights-only; objects of Megatron-Core are returned as :class:`Record`.
 
     Raises:
-        CheckpointError: when it names something that could execute code, or is damaged.
+        CheckpointError: The data names something that could execute code, or is damaged.
     """
     try:
-        with torch.serialization.safe_globals([(Record, name) for name in _MEGATRONS]):
+        with torch.serialization.safe_globals([(Record, name) for name in _MEGATRON_CLASSES]):
             return torch.load(io.BytesIO(raw) if isinstance(raw, bytes) else raw, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -136,10 +136,10 @@ def harmless(raw: bytes | Path, where: str) -> Any:
 
 
 def count(value: Any, what: str) -> int:
-    """``value`` as a number of steps or samples, which it should be.
+    """``value`` as a number of steps or samples.
 
     Raises:
-        CheckpointError: when it is not.
+        CheckpointError: ``value`` is not a whole number from 0 to 10¹⁸.
     """
     try:
         number = int(value)

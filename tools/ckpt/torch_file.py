@@ -1,4 +1,4 @@
-"""A checkpoint from a file of ``torch.save``, and such a file from a checkpoint."""
+"""Converts a file of ``torch.save`` to a checkpoint, and a checkpoint to such a file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,35 +16,36 @@ from .source import Source, count, harmless
 from .writer import Writer
 
 SLOTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-"""State of torch's optimizers that means the same here."""
+"""Slots of the state of torch's optimizers that have the same meaning in this package."""
 ONE_PROCESS: dict[str, Any] = {"layout": {"pp": 1, "dp": 1, "tp": 1}, "ranks": [[0, 0, 0]]}
 
 
 def from_torch(path: Path, directory: str, files: int) -> tuple[Path, list[str]]:
-    """Write what ``path`` holds, ``{"model": state_dict, "optimizer": state_dict}`` or a state_dict alone.
+    """Write a checkpoint of what ``path`` holds: ``{"model": state_dict, "optimizer": state_dict}``, or a state_dict alone.
 
     Returns:
         The new folder, and notes on what is not in it.
 
     Raises:
-        CheckpointError: The file could execute code, or is none of these, or its optimizer is not one whose state is known.
+        UsageError: ``path`` is not a file.
+        CheckpointError: The file could execute code, holds something else, or holds an optimizer whose state is not known.
     """
     if not path.is_file():
         raise UsageError("SRC", path, "is not a file", possible="what torch.save wrote")
-    given = harmless(path, str(path))
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"{path} holds a {type(given).__name__}; a state_dict is needed.")
-    alone = not isinstance(given.get("model"), Mapping)
-    model, said = (given, {}) if alone else (given["model"], given)
+    content = harmless(path, str(path))
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; a state_dict is needed.")
+    is_model = not isinstance(content.get("model"), Mapping)
+    model, entries = (content, {}) if is_model else (content["model"], content)
     if odd := [str(name) for name, x in model.items() if not _is_dense(x) or not isinstance(name, str)]:
         raise CheckpointError(
             f"{path}: {', '.join(odd[:3])} of the model is no ordinary tensor; a state_dict is needed."
         )
     model, tied = _once(model)
-    optimizer = said.get("optimizer")
+    optimizer = entries.get("optimizer")
     groups, state = ([], {}) if optimizer is None else _optimizer(optimizer, model, str(path))
     steps = [count(x, key) for key, x in state.items() if key.startswith(f"{STATE}step.")]
-    step = count(said.get("step", max(steps, default=0)), f"step of {path}")
+    step = count(entries.get("step", max(steps, default=0)), f"step of {path}")
     with Writer(directory, step, files) as writer:
         for name, x in model.items():
             writer.add(f"{MODEL}{name}", x)
@@ -54,11 +55,11 @@ def from_torch(path: Path, directory: str, files: int) -> tuple[Path, list[str]]
         made = writer.commit(
             Manifest(
                 step=step,
-                consumed_samples=count(said.get("consumed_samples", 0), f"consumed_samples of {path}"),
+                consumed_samples=count(entries.get("consumed_samples", 0), f"consumed_samples of {path}"),
                 optimizers=sorted({group.optimizer for group in groups}),
                 groups=groups,
-                schedule=_entries(said, "schedule", path),
-                extra=_entries(said, "extra", path) or {},
+                schedule=_entry(entries, "schedule", path),
+                extra=_entry(entries, "extra", path) or {},
                 config=config_digest(groups),
                 **ONE_PROCESS,
             )
@@ -67,12 +68,13 @@ def from_torch(path: Path, directory: str, files: int) -> tuple[Path, list[str]]
 
 
 def to_torch(source: Source, path: Path) -> list[str]:
-    """Write all of a checkpoint as one file, state by name of its parameter; what was left out.
+    """Write a checkpoint as one file, with the state under its parameter's name; returns the keys that were left out.
 
-    ``torch.load(weights_only=True)`` reads it. The whole of it is in memory at a time.
+    ``torch.load(weights_only=True)`` reads the file. All tensors are in memory at the same time.
 
     Raises:
-        UsageError: ``path`` is there already.
+        UsageError: ``path`` already exists.
+        CheckpointError: The file cannot be written.
     """
     if path.exists():
         raise UsageError("DST", path, "is there already", hint="give the name of a new file")
@@ -88,12 +90,12 @@ def to_torch(source: Source, path: Path) -> list[str]:
             state.setdefault(name, {})[slot] = source.reader.whole(key)
         else:
             left_out.append(key)
-    said = source.manifest
-    groups = [{"params": g.parameters, "optimizer": g.optimizer, **g.settings} for g in said.groups]
+    manifest = source.manifest
+    groups = [{"params": g.parameters, "optimizer": g.optimizer, **g.settings} for g in manifest.groups]
     whole = {
         "model": model,
         "optimizer": {"state": state, "param_groups": groups},
-        **{name: getattr(said, name) for name in ("step", "consumed_samples", "schedule", "extra")},
+        **{name: getattr(manifest, name) for name in ("step", "consumed_samples", "schedule", "extra")},
     }
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -106,7 +108,7 @@ def to_torch(source: Source, path: Path) -> list[str]:
 
 
 def _once(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that are not another one under a second name, and the second name → the first of those that are."""
+    """The tensors, each once, and for tensors that have two names the second name → the first."""
     first: dict[Any, str] = {}
     tied = {}
     for name, x in model.items():
@@ -116,11 +118,11 @@ def _once(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     return {name: x for name, x in model.items() if name not in tied}, tied
 
 
-def _optimizer(given: Any, model: Mapping[str, Tensor], where: str) -> tuple[list[Group], dict[str, Tensor]]:
-    """Groups, and key → state, of the state_dict of one of torch's optimizers, or of what :func:`to_torch` wrote."""
-    if not _is_state_dict(given):
+def _optimizer(state_dict: Any, model: Mapping[str, Tensor], where: str) -> tuple[list[Group], dict[str, Tensor]]:
+    """The groups, and key → state, from the state_dict of an optimizer of torch or from what :func:`to_torch` wrote."""
+    if not _is_state_dict(state_dict):
         raise CheckpointError(f'{where}: "optimizer" is not the state_dict of an optimizer.')
-    listed = given["param_groups"]
+    listed = state_dict["param_groups"]
     names = _names(listed, model, where)
     groups = []
     for group in listed:
@@ -131,9 +133,9 @@ def _optimizer(given: Any, model: Mapping[str, Tensor], where: str) -> tuple[lis
         }
         plain = _plain(settings, "settings", where)
         groups.append(Group(_class(group, where), plain, [names[i] for i in group["params"]]))
-    ours = all("optimizer" in group for group in listed)  # then any slot is one of ours, of any shape
+    ours = all("optimizer" in group for group in listed)  # then every slot is one of ours, of any shape
     out = {}
-    for i, of_parameter in given["state"].items():
+    for i, of_parameter in state_dict["state"].items():
         for slot, x in of_parameter.items():
             if x is None:
                 continue  # SGD's without momentum
@@ -152,7 +154,7 @@ def _optimizer(given: Any, model: Mapping[str, Tensor], where: str) -> tuple[lis
     return groups, out
 
 
-def _is_state_dict(given: Any) -> bool:
+def _is_state_dict(value: Any) -> bool:
     def is_dict(x: Any, kind: Any = str) -> bool:
         return isinstance(x, dict) and all(isinstance(key, kind) for key in x)
 
@@ -163,22 +165,22 @@ def _is_state_dict(given: Any) -> bool:
         return all(isinstance(i, int | str) for i in ids) and isinstance(names, list) and len(names) == len(ids)
 
     return (
-        is_dict(given)
-        and isinstance(given.get("param_groups"), list)
-        and all(map(is_group, given["param_groups"]))
-        and is_dict(given.get("state"), int | str)
-        and all(map(is_dict, given["state"].values()))
+        is_dict(value)
+        and isinstance(value.get("param_groups"), list)
+        and all(map(is_group, value["param_groups"]))
+        and is_dict(value.get("state"), int | str)
+        and all(map(is_dict, value["state"].values()))
     )
 
 
 def _is_dense(x: Any) -> bool:
-    """Whether ``x`` is an ordinary tensor that has its values."""
-    kept = isinstance(x, Tensor) and x.layout is torch.strided and x.device.type == "cpu"
-    return kept and not x.is_quantized and not x.is_nested
+    """Whether ``x`` is an ordinary dense tensor on the CPU."""
+    dense = isinstance(x, Tensor) and x.layout is torch.strided and x.device.type == "cpu"
+    return dense and not x.is_quantized and not x.is_nested
 
 
-def _entries(said: Mapping[str, Any], name: str, path: Path) -> dict[str, Any] | None:
-    value = said.get(name)
+def _entry(entries: Mapping[str, Any], name: str, path: Path) -> dict[str, Any] | None:
+    value = entries.get(name)
     return None if value is None else _plain(value, name, str(path))
 
 
@@ -193,7 +195,7 @@ def _plain(value: Any, name: str, where: str) -> dict[str, Any]:
 
 
 def _names(listed: Sequence[Mapping[str, Any]], model: Mapping[str, Tensor], where: str) -> dict[int | str, str]:
-    """Number of a parameter, as the state_dict of an optimizer counts → its name."""
+    """Number of a parameter in the state_dict of the optimizer → name of the parameter."""
     names: dict[int | str, str] = {}
     for group in listed:
         ids = group["params"]
@@ -216,7 +218,7 @@ def _names(listed: Sequence[Mapping[str, Any]], model: Mapping[str, Tensor], whe
 
 
 def _class(group: Mapping[str, Any], where: str) -> str:
-    """The class of this package that does what the group's optimizer did, told by the settings that only it has."""
+    """Name of this package's class for the group's optimizer, which is recognized by settings that only it has."""
     if isinstance(group.get("optimizer"), str):
         return str(group["optimizer"])
     if "ns_steps" in group:

@@ -1,4 +1,4 @@
-"""Writing a checkpoint from one process, a tensor at a time, as if several ranks had saved it."""
+"""Writes a checkpoint from one process, a tensor at a time, in the form that several ranks write."""
 
 import io
 import os
@@ -32,22 +32,22 @@ from core.checkpoint.saving import COMMON
 from ..usage import UsageError
 
 SMALLEST_BOX = 1 << 16
-"""Bytes below which a piece of a tensor is not worth a box of its own."""
+"""Smallest piece of a tensor, in bytes, that gets a box of its own."""
 
 
 class Writer:
-    """A new checkpoint beside those of ``path``, in sight when it is complete; a context, which clears away what failed.
+    """A new checkpoint in ``path``, visible when it is complete; a context manager that removes what failed.
 
     DCP's own writer keeps all tensors of a file in memory until the file is complete; this one keeps none.
 
     Args:
-        path: Made when it is not there.
-        step: Finished steps.
-        files: Number of files with tensors, which as many ranks read in parallel.
+        path: Directory of the checkpoints; made if it does not exist.
+        step: Number of finished steps.
+        files: Number of files with tensors; as many ranks can read them in parallel.
 
     Raises:
-        UsageError: There is a checkpoint of ``step`` already.
-        CheckpointError: Nothing can be written there, or another job saves there.
+        UsageError: ``path`` holds a checkpoint of ``step`` or of a later step.
+        CheckpointError: ``path`` cannot be written, or another job saves there.
     """
 
     def __init__(self, path: str, step: int, files: int = 1) -> None:
@@ -84,24 +84,24 @@ class Writer:
             ) from None
 
     def add(self, key: str, whole: Tensor) -> None:
-        """Write a tensor: over all files along its largest dim, or into the smallest file where that is too little."""
+        """Write a tensor, cut along its largest dim over all files; a small one goes into the smallest file."""
         if key in self._saved:
             raise CheckpointError(f"{key} comes twice: two names of the source become this one.")
         chunks, whole = [], whole.detach()
         for offsets, box, file in self._cut(whole):
             chunks.append(ChunkStorageMetadata(offsets, box.size()))
-            # What is saved of a view is all of its memory.
-            alone = box.clone(memory_format=torch.contiguous_format)
-            self._put(MetadataIndex(key, offsets), file, partial(torch.save, alone))
+            # torch.save of a view writes all of the memory behind it.
+            copy = box.clone(memory_format=torch.contiguous_format)
+            self._put(MetadataIndex(key, offsets), file, partial(torch.save, copy))
         self._saved[key] = TensorStorageMetadata(TensorProperties.create_from_tensor(whole), whole.size(), chunks)
 
     def add_raw(self, name: str, raw: bytes) -> None:
-        """Write an object as it was stored elsewhere."""
+        """Write an object in the bytes in which another checkpoint stores it."""
         self._put(MetadataIndex(name), 0, lambda stream: stream.write(raw))
         self._saved[name] = BytesStorageMetadata()
 
     def add_file(self, name: str, raw: bytes) -> None:
-        """Write a file of its own."""
+        """Write ``raw`` to a file of its own."""
         with (self.staging / name).open("wb") as file:
             file.write(raw)
             os.fsync(file.fileno())
@@ -113,7 +113,7 @@ class Writer:
         self.add_raw(COMMON, raw.getvalue())
 
     def commit(self, manifest: Manifest) -> Path:
-        """Make it the newest checkpoint; its folder."""
+        """Make this the newest checkpoint; returns its folder."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -129,7 +129,7 @@ class Writer:
         self._written.append(WriteResult(index, length, _StorageInfo(Path(stream.name).name, start, length)))
 
     def _cut(self, whole: Tensor) -> list[tuple[torch.Size, Tensor, int]]:
-        """Offsets, contents and number of the file of each box."""
+        """Offsets, contents and file number of each box."""
         count, size = len(self._files), max(whole.shape, default=0)
         if count == 1 or size < count or prod(whole.shape) * whole.itemsize < count * SMALLEST_BOX:
             smallest = min(range(count), key=lambda i: self._files[i].tell())

@@ -1,4 +1,4 @@
-"""What the examples share: the processes that torchrun started, real text, and a line for every step."""
+"""Functions that all examples use: joining the processes of torchrun, reading text, and reporting each step."""
 
 import argparse
 import os
@@ -14,19 +14,23 @@ from ..pretrain.model import GPTConfig
 SEQ_LENGTH = 32
 GLOBAL_BATCH = 8
 VOCAB_SIZE = 264
-"""The bytes, the end of a document, and what makes it a multiple of 8."""
+"""Number of bytes and the mark for the end of a document, rounded up to a multiple of 8."""
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser of what every example takes; each adds its own."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(example: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all examples share; ``example`` is the name of the module, which adds its own flags."""
+    parser = argparse.ArgumentParser(prog=f"python -m tools.examples.{example}", description=description)
     parser.add_argument("--optimizer", default="muon", help="any name that core.optimizer knows")
     parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument(
-        "--precision", default="highest", help="of Muon's products: highest, in which layouts agree best; high; medium"
+        "--precision",
+        default="highest",
+        help="precision of Muon's products: highest, at which layouts agree best, high or medium",
     )
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--data-path", nargs="*", default=(), help="texts; those that Python carries by default")
+    parser.add_argument(
+        "--data-path", nargs="*", default=(), help="text files (default: the texts that Python carries)"
+    )
     return parser
 
 
@@ -55,7 +59,7 @@ def start() -> torch.device:
 
 
 def leave() -> None:
-    """Let all processes end together: one that is gone early may end the others' threads in the middle of something."""
+    """Let all processes end together, since one that ends early may interrupt the threads of the others."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -72,19 +76,19 @@ def batches(
     """Inputs and targets of ``steps``: the same global batches for any number of data-parallel ranks.
 
     Args:
-        data_path: Texts; empty for those that Python carries.
-        steps: Which batches.
-        device: Where to.
+        data_path: Text files; empty for the texts that Python carries.
+        steps: Steps whose batches are returned.
+        device: Device of the batches.
         part: This rank's index on the data-parallel axis.
-        parts: Its size, a divisor of ``GLOBAL_BATCH``.
+        parts: Size of the data-parallel axis, a divisor of ``GLOBAL_BATCH``.
 
     Returns:
         Pairs of int64 (``GLOBAL_BATCH / parts``, ``SEQ_LENGTH``).
     """
     text = samples(data_path)
     for step in steps:
-        mine = text.batch(step * GLOBAL_BATCH, GLOBAL_BATCH).chunk(parts)[part].to(device)
-        yield mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
+        sequences = text.batch(step * GLOBAL_BATCH, GLOBAL_BATCH).chunk(parts)[part].to(device)
+        yield sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
 
 
 def report(step: int, loss: Tensor) -> None:

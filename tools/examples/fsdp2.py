@@ -35,7 +35,7 @@ def shard(model: GPT, device: torch.device, *, replicas: int, bf16: bool) -> Non
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and print the losses."""
-    parser = arguments("Train a small GPT under FSDP2.")
+    parser = arguments("fsdp2", "Train a small GPT under FSDP2.")
     parser.add_argument("--replicas", type=int, default=1, help="HSDP: copies of the model, each on its own ranks")
     parser.add_argument(
         "--bf16", action="store_true", help="compute in bfloat16; parameters and optimizer stay float32"

@@ -49,7 +49,7 @@ def factory() -> Callable[..., Optimizer]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and print the losses."""
-    parser = arguments("Train a small Llama with Hugging Face's Trainer.")
+    parser = arguments("hf_trainer", "Train a small Llama with Hugging Face's Trainer.")
     parser.add_argument("--fsdp", action="store_true", help="shard the model with FSDP2")
     parser.add_argument("--output", help="directory for checkpoints; none are kept by default")
     parser.add_argument("--save-steps", type=int, default=0, help="save after every so many steps")

@@ -62,7 +62,7 @@ class Language(lightning.LightningModule):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and print the losses."""
-    parser = arguments("Train a small GPT with Lightning.")
+    parser = arguments("lightning_module", "Train a small GPT with Lightning.")
     parser.add_argument("--schedule-steps", type=int, default=10, help="length of the cosine")
     parser.add_argument("--save", help="file for a checkpoint after the last step")
     parser.add_argument("--resume", help="file to go on from")

@@ -57,7 +57,7 @@ class Training:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, print the losses, save."""
-    parser = arguments("Train a small GPT under tensor parallelism and FSDP2.")
+    parser = arguments("torchtitan_style", "Train a small GPT under tensor parallelism and FSDP2.")
     parser.add_argument("--tp", type=int, default=1, help="ranks that cut each matrix; the others are data-parallel")
     parser.add_argument("--save", help="directory for a checkpoint after the last step")
     parser.add_argument("--load", help="directory to go on from")

@@ -1,4 +1,4 @@
-"""Loss curves of runs as a PNG: ``python -m tools.plot RUN [RUN...] -o out.png``. A RUN is a --log-dir."""
+"""Draws loss curves of runs as a PNG: ``python -m tools.plot RUN [RUN...] -o out.png``. A RUN is a --log-dir."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from ..usage import UsageError, refuse
 
 
 def plot_runs(runs: dict[str, list[Record]], out: Path) -> None:
-    """Draw training loss (lines) and validation loss (dots) over steps and write `out`, in the format of its suffix.
+    """Draw training loss (lines) and validation loss (dots) over steps; write ``out`` in the format of its suffix.
 
     Args:
-        runs: label -> rows.
+        runs: Label → rows of the run's log.
+        out: Picture to write.
     """
     import matplotlib
 

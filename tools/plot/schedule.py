@@ -1,6 +1,6 @@
-"""The learning rate of a run, as a PNG: ``python -m tools.plot.schedule [flags of tools.pretrain] -o schedule.png``.
+"""Draws the learning rate of a run as a PNG: ``python -m tools.plot.schedule [flags of tools.pretrain] -o schedule.png``.
 
-All flags of the main job are taken, ``--config`` too; those of the schedule are drawn, without training anything:
+It takes all flags of the main job, ``--config`` too, and draws the schedule that they describe, without training:
 ``python -m tools.plot.schedule --lr-decay-style WSD --train-iters 1000 --lr-warmup-iters 50 --min-lr 1e-5``.
 """
 
@@ -27,25 +27,28 @@ from ..pretrain.schedule_flags import ScheduleArguments
 from ..usage import UsageError, refuse
 
 POINTS = 2000
+"""Number of points of a curve, besides the borders of phases."""
 NARROW = 0.035
-"""The share of the picture's width below which a phase has no name in it; below ``WIDE`` it stands upright."""
+"""Smallest share of the picture's width at which a phase is named; below ``WIDE`` the name stands upright."""
 WIDE = 0.12
 MANY = 100
-"""More phases than this are not marked: they would be a grey area."""
+"""Largest number of phases that are marked; more would be a grey area."""
 
 
 def plot_schedule(args: ScheduleArguments, start: int, out: Path) -> list[Phase]:
-    """Draw learning rate, and momentum where the schedule moves it, over steps, and write ``out``, in the format of its suffix.
+    """Draw the learning rate, and the momentum if the schedule moves it, over steps; write ``out`` in the format of its suffix.
 
     Args:
-        start: Where the decay begins, as `decay_start` gives it.
+        args: Flags of the schedule.
+        start: Step at which the decay begins, from :func:`decay_start`.
+        out: Picture to write.
 
     Returns:
-        The phases that are marked.
+        The phases of the schedule.
 
     Raises:
-        UsageError: the flags do not fit each other.
-        ImportError: there is no matplotlib.
+        UsageError: The flags do not fit each other.
+        ImportError: matplotlib is not installed.
     """
     import matplotlib
 
@@ -86,11 +89,13 @@ def describe(parts: Sequence[Phase], schedule: Schedule, lr: float) -> list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line; the module's docstring describes it."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.plot.schedule", description=__doc__, allow_abbrev=False, add_help=False
     )
-    parser.add_argument("-h", "--help", action="help", help="this; the flags of the schedule: tools.pretrain --help")
+    parser.add_argument(
+        "-h", "--help", action="help", help="show this; tools.pretrain --help shows the flags of the schedule"
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path("schedule.png"), help="picture (default: schedule.png)")
     parser.add_argument(
         "--decay-from", metavar="STEP", help="draw what --start-decay or --start-annealing do at this step"
@@ -114,24 +119,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError("--out", str(options.out), problem, possible=".png, .pdf, .svg") from None
         schedule = make_schedule(args.lr_decay_style, **settings_of_run(args, args.lr, args.min_lr, start))
     except UsageError as error:
-        refuse(error, rank=0, program="plot_schedule")
+        refuse(error, rank=0, program="plot.schedule")
     print("\n".join([*describe(parts, schedule, args.lr), f"wrote {options.out}"]))
 
 
-def _decaying_from(args: Arguments, given: str) -> tuple[Arguments, int]:
+def _decaying_from(args: Arguments, step: str) -> tuple[Arguments, int]:
     flag = BEGINS.get(args.lr_decay_style)
     if flag is None:
         problem = f"--lr-decay-style {args.lr_decay_style} cannot begin to decay on resuming"
-        raise UsageError("--decay-from", given, problem, possible=f"with {', '.join(BEGINS)}", hint="leave it out")
-    if not given.isdecimal():
-        raise UsageError("--decay-from", given, "is not a step", possible="a whole number >= 0")
+        raise UsageError("--decay-from", step, problem, possible=f"with {', '.join(BEGINS)}", hint="leave it out")
+    if not step.isdecimal():
+        raise UsageError("--decay-from", step, "is not a step", possible="a whole number >= 0")
     begins: dict[str, Any] = {flag: True}
     args = dataclasses.replace(args, **begins)
-    return args, decay_start(args, int(given), {})
+    return args, decay_start(args, int(step), {})
 
 
 def _steps(last: int, parts: Sequence[Phase]) -> list[int]:
-    """Steps to draw: many, and both sides of each border."""
+    """Steps to draw: evenly spaced ones, and both sides of each border of phases."""
     borders = [step for part in parts for step in (round(part.start) - 1, round(part.start))]
     even = [round(i * last / POINTS) for i in range(POINTS + 1)]
     return sorted(step for step in {*even, *borders} if 0 <= step <= last)

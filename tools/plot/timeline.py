@@ -1,6 +1,7 @@
-"""One step of a pipeline as a picture, a row for each rank: ``python -m tools.plot.timeline trace.json -o timeline.png``.
+"""Draws one step of a pipeline, a row for each rank: ``python -m tools.plot.timeline trace.json -o timeline.png``.
 
-Prints for each rank how long its bubble at the end of the step was, its optimizer took, and how much of that lay inside.
+Prints for each rank the time of its bubble at the end of the step and of its optimizer, and how much of the latter lay in the
+bubble.
 """
 
 import argparse
@@ -19,7 +20,7 @@ WAITING = "#d9d9d9"
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time of one rank, in milliseconds since the step began."""
+    """A span of time of one rank, in milliseconds since the step began."""
 
     name: str
     rank: int
@@ -30,10 +31,10 @@ class Span:
 
 
 def read_step(path: Path, step: int | None = None) -> list[Span]:
-    """Spans of a step of a trace; None: the last one that has all of its backward.
+    """Spans of a step of a trace; of the last step with a backward if ``step`` is None.
 
     Raises:
-        UsageError: when the file is no trace, or has no such step.
+        UsageError: The file is not a trace, or has no such step.
     """
     try:
         events: list[Any] = json.loads(path.read_text())["traceEvents"]
@@ -43,8 +44,8 @@ def read_step(path: Path, step: int | None = None) -> list[Span]:
     if not steps or step not in (None, *steps):
         possible = ", ".join(map(str, steps)) or "none: train with a pipeline"
         raise UsageError("--step", step, "is not in the trace", possible=possible)
-    mine = [event for event in events if event["args"]["step"] == (steps[-1] if step is None else step)]
-    zero = min(event["ts"] for event in mine)
+    chosen = [event for event in events if event["args"]["step"] == (steps[-1] if step is None else step)]
+    zero = min(event["ts"] for event in chosen)
     return [
         Span(
             e["name"],
@@ -54,7 +55,7 @@ def read_step(path: Path, step: int | None = None) -> list[Span]:
             (e["ts"] - zero) / 1e3,
             (e["ts"] + e["dur"] - zero) / 1e3,
         )
-        for e in mine
+        for e in chosen
     ]
 
 
@@ -63,10 +64,10 @@ class Share:
     """Milliseconds of one rank.
 
     Attributes:
-        stage: Where it is in the pipeline.
-        bubble: From the end of its last backward to that of the last rank's.
-        optimizer: Its optimizer's work.
-        inside: What of that lay in the bubble.
+        stage: Pipeline stage of the rank.
+        bubble: Time from the end of the rank's last backward to the end of the last rank's.
+        optimizer: Time of the optimizer.
+        inside: Part of ``optimizer`` that lay in the bubble.
     """
 
     stage: int
@@ -76,23 +77,23 @@ class Share:
 
 
 def shares(spans: Sequence[Span]) -> dict[int, Share]:
-    """Rank → its share."""
+    """The share of each rank, by rank."""
     last = {
         rank: max(s.end for s in spans if s.rank == rank and s.name == "backward" and s.row == CHUNKS)
         for rank in sorted({s.rank for s in spans})
     }
     end = max(last.values())
-    found = {}
+    by_rank = {}
     for rank, begin in last.items():
         work = [s for s in spans if s.rank == rank and s.name == "optimizer"]
         stage = next(s.stage for s in spans if s.rank == rank)
         inside = sum(max(0.0, min(s.end, end) - max(s.begin, begin)) for s in work)
-        found[rank] = Share(stage, end - begin, sum(s.end - s.begin for s in work), inside)
-    return found
+        by_rank[rank] = Share(stage, end - begin, sum(s.end - s.begin for s in work), inside)
+    return by_rank
 
 
 def draw(steps: Mapping[str, Sequence[Span]], out: Path) -> None:
-    """Draw steps below each other, on one scale, and write ``out`` in the format of its suffix; title → spans."""
+    """Draw the spans of each step under its title, on one time scale, and write ``out`` in the format of its suffix."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,7 +106,7 @@ def draw(steps: Mapping[str, Sequence[Span]], out: Path) -> None:
     )
     for axes, (title, spans) in zip(rows[:, 0], steps.items(), strict=True):
         for s in sorted(spans, key=lambda s: s.row):
-            # What a pipeline's run holds besides its chunks is waiting for other stages.
+            # Time of a pipeline's run outside its chunks is spent waiting for other stages.
             colour = COLOURS[s.name] if s.row == CHUNKS or s.name in ("optimizer", "gradients") else WAITING
             axes.barh(
                 ranks.index(s.rank), s.end - s.begin, left=s.begin, height=0.8, color=colour, edgecolor="white", lw=0.4
@@ -123,7 +124,7 @@ def draw(steps: Mapping[str, Sequence[Span]], out: Path) -> None:
 
 
 def table(spans: Sequence[Span]) -> str:
-    """A line for each rank."""
+    """A table with a line for each rank."""
     lines = [f"{'rank':>4} {'stage':>5} {'bubble ms':>10} {'optimizer ms':>13} {'inside ms':>10}"]
     for rank, s in shares(spans).items():
         lines.append(f"{rank:>4} {s.stage:>5} {s.bubble:>10.1f} {s.optimizer:>13.1f} {s.inside:>10.1f}")
@@ -131,7 +132,7 @@ def table(spans: Sequence[Span]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line; the module's docstring describes it."""
     parser = argparse.ArgumentParser(prog="python -m tools.plot.timeline", description=__doc__)
     parser.add_argument(
         "traces", nargs="+", type=Path, metavar="TRACE", help="what --trace wrote; several: below each other"
@@ -143,9 +144,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps = {str(path): read_step(path, options.step) for path in options.traces}
         draw(steps, options.out)
     except ImportError:
-        refuse(UsageError("--out", str(options.out), "drawing needs matplotlib", hint="pip install matplotlib"), rank=0)
+        refuse(
+            UsageError("--out", str(options.out), "drawing needs matplotlib", hint="pip install matplotlib"),
+            rank=0,
+            program="plot.timeline",
+        )
     except UsageError as error:
-        refuse(error, rank=0, program="plot_timeline")
+        refuse(error, rank=0, program="plot.timeline")
     for title, spans in steps.items():
         print(f"{title}\n{table(spans)}")
     print(f"wrote {options.out}")

@@ -44,7 +44,7 @@ BETAS = "one number a flag: --adam-beta1 0.9 --adam-beta2 0.95"
 
 @dataclass(frozen=True)
 class Arguments(ScheduleArguments):
-    """All that the main job is told. Field names are Megatron's."""
+    """Flags of the main job. Field names are Megatron's."""
 
     # the optimizer
     optimizer: str = text("muon", "by name; what one for matrices cannot take goes to adamw", list_optimizers)
@@ -164,7 +164,7 @@ class Arguments(ScheduleArguments):
     trace: str | None = text(None, "file for a Chrome trace of the last three steps, for tools.plot.timeline")
     config: str | None = text(None, "YAML file of these flags, with underscores; the command line wins")
 
-    # settings of optimizers that are no field above: those that were given
+    # settings of optimizers that have no field above; only those that were given
     settings: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
 
@@ -173,15 +173,15 @@ FLAGS: dict[str, Flag] = {
 }
 
 
-def setting_flags(given: Iterable[str] | None = None) -> dict[str, dict[str, Flag]]:
-    """Optimizer -> name -> flag, for every setting that is no field of `Arguments`; shared ones with each optimizer.
+def setting_flags(names: Iterable[str] | None = None) -> dict[str, dict[str, Flag]]:
+    """Optimizer → name → flag, for every setting that is not a field of :class:`Arguments`; shared ones with each optimizer.
 
-    With ``given`` only of optimizers that one of these names may belong to: importing them all takes seconds.
+    With ``names`` only the optimizers to which one of these may belong, for importing all of them takes seconds.
     """
     return {
         optimizer: {name: _flag(setting) for name, setting in settings_of(optimizer).items() if name not in FLAGS}
         for optimizer in list_optimizers()
-        if given is None or any(name.startswith(f"{optimizer}_") for name in given)
+        if names is None or any(name.startswith(f"{optimizer}_") for name in names)
     }
 
 
@@ -194,14 +194,7 @@ def _flag(setting: Setting) -> Flag:
     if setting.default not in (None, inspect.Parameter.empty):
         values = setting.default if isinstance(setting.default, tuple) else (setting.default,)
         about += f" (default: {' '.join(map(str, values))})"
-    return Flag(
-        about,
-        setting.kind,
-        choices=setting.choices,
-        many=setting.many,
-        length=setting.length,
-        optional=setting.optional,
-    )
+    return Flag(about, setting)
 
 
 def flag_of(name: str) -> str:
@@ -210,17 +203,17 @@ def flag_of(name: str) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """Read the command line (default: this process's) and the YAML file it names.
+    """Read the command line (default: this process's) and the YAML file that it names.
 
     Raises:
-        UsageError: an unknown flag or key, or a value that the flag alone already rules out.
+        UsageError: A flag or a key is unknown, or a value is not possible for its flag.
     """
     argv = sys.argv[1:] if argv is None else argv
     groups = setting_flags(None if {"-h", "--help"} & {*argv} else [_name_of(word) for word in argv])
-    given = vars(_parser(groups).parse_args([_hide_sign(word) for word in argv]))
+    words_of = vars(_parser(groups).parse_args([_hide_sign(word) for word in argv]))
     values: dict[str, Any] = {}
-    if "config" in given:
-        path = FLAGS["config"].convert(given["config"], "--config")
+    if "config" in words_of:
+        path = FLAGS["config"].convert(words_of["config"], "--config")
         content = read_yaml(Path(path))
         flags = _together(setting_flags(content))
         for key, raw in content.items():
@@ -230,7 +223,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
                 raise UsageError(source, None, "unknown key", hint=hint)
             values[key] = flags[key].convert(raw, source)
     flags = _together(groups)
-    values |= {name: flags[name].convert(raw, flag_of(name)) for name, raw in given.items()}
+    values |= {name: flags[name].convert(raw, flag_of(name)) for name, raw in words_of.items()}
     settings = {name: values.pop(name) for name in [*values] if name not in FLAGS}
     return Arguments(**values, settings=settings)
 
@@ -245,7 +238,7 @@ def _name_of(word: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a wrong line is a `UsageError` and not a page of usage."""
+    """A parser of argparse whose errors are a :class:`UsageError` instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -265,7 +258,7 @@ def _parser(groups: Mapping[str, Mapping[str, Flag]]) -> _Parser:
     for name, flag in FLAGS.items():
         default = getattr(defaults, name)
         about = flag.help + (f" (default: {default})" if default not in (None, ()) else "")
-        _add(parser, name, flag, about, "extend" if flag.many else "store")
+        _add(parser, name, flag, about, "extend" if flag.setting.many else "store")
     added: set[str] = set()
     for optimizer, flags in groups.items():
         if new := {name: flag for name, flag in flags.items() if name not in added}:
@@ -280,14 +273,14 @@ def _add(parser: argparse._ActionsContainer, name: str, flag: Flag, about: str, 
     option = flag_of(name)
     common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
     about = about.replace("%", "%%")
-    if flag.kind is bool and not flag.many:
+    if flag.setting.kind is bool and not flag.setting.many:
         off = ["--no-" + option[2:]]
         if option.startswith("--muon-"):
             off.append(option.replace("--muon-", "--muon-no-"))
         parser.add_argument(option, action="store_const", const=True, help=about, **common)
         parser.add_argument(*off, action="store_const", const=False, help="the opposite", **common)
         return
-    # Flags of one value take many here too: `Flag.convert` says more clearly what is wrong with that.
+    # Flags of one value accept many here, because the error of `Flag.convert` is clearer than that of argparse.
     parser.add_argument(option, nargs="+", action=action, type=_show_sign, metavar="VALUE", help=about, **common)
 
 

@@ -1,4 +1,4 @@
-"""The optimizer step inside the pipeline's bubble: a stage steps when its own last backward is done, not when everybody's is."""
+"""The optimizer step in the pipeline's bubble: a stage steps when its own backward is done, without waiting for the others."""
 
 from collections.abc import Callable
 
@@ -14,21 +14,21 @@ from core.sharding.parameter_layout import local_gradient
 
 
 class BubbleStep:
-    """Steps a stage before the others' losses and norms are known, and takes that back where they do not allow it.
+    """Steps a stage before the other stages' losses and norms are known, and undoes the step if they do not allow it.
 
-    What the others wait for, this stage's part of the norm, is sent off before. The first stage is the last to finish its
-    backward and has no bubble, so it waits. After a step whose gradients were clipped all wait, because the next one's will
-    most likely be clipped as well. What comes out is what the ordinary order gives, bit for bit.
+    This stage's part of the norm is sent before the step, since the other stages wait for it. The first stage is the last to
+    finish its backward and has no bubble, so it waits. After a step whose gradients were clipped all stages wait, because the
+    next gradients will most likely be clipped as well. The result equals that of the ordinary order, bit for bit.
 
     Args:
-        optimizer: Of this stage.
-        guard: Judges each step.
+        optimizer: Optimizer of this stage.
+        guard: Guard that judges each step.
         has_bubble: Whether this stage finishes before another.
         tell: Called with ``optimizer`` when a step begins.
 
     Attributes:
-        ahead: Steps that were taken in the bubble and stayed.
-        undone: Steps that were taken in the bubble and taken back.
+        ahead: Number of steps that were taken in the bubble and kept.
+        undone: Number of steps that were taken in the bubble and undone.
 
     Raises:
         ValueError: when the optimizer itself reduces over all stages.
@@ -49,7 +49,7 @@ class BubbleStep:
         self.ahead = self.undone = 0
 
     def begin(self) -> None:
-        """Step, if it is likely to stay. All ranks call it, with final gradients."""
+        """Take the step if it will probably be kept. All ranks call it, with final gradients."""
         self._norm = begin_norm(self._optimizer.entries(), self._optimizer.pg_collection)
         if self._has_bubble and not self._was_clipped and self._is_finite():
             self._tell("optimizer")
@@ -57,15 +57,15 @@ class BubbleStep:
             self._begun = True
 
     def settle(self, step: int, loss: float, max_norm: float) -> Verdict:
-        """Let all ranks judge, and make the step what they decided; all ranks call it after :meth:`begin`.
+        """Let all ranks judge the step, and take, undo or redo it accordingly; all ranks call it after :meth:`begin`.
 
         Args:
-            step: Its number, for messages.
-            loss: Of all stages.
-            max_norm: Largest global norm of the gradients; 0: no clipping.
+            step: Number of the step, for messages.
+            loss: Loss over all stages.
+            max_norm: Largest global norm of the gradients; 0 for no clipping.
 
         Raises:
-            FaultError: as :meth:`Guard.judge`; nothing was changed.
+            FaultError: as :meth:`Guard.judge` raises it; parameters and state are then as before :meth:`begin`.
         """
         assert self._norm is not None
         try:
@@ -91,12 +91,12 @@ class BubbleStep:
         self._begun = False
 
     def _is_finite(self) -> bool:
-        """Whether all gradients of this stage are: some optimizers fail on others, and only the guard may stop a run."""
+        """Whether all gradients of this stage are finite: optimizers may fail on others, and only the guard may stop a run."""
         entries = self._optimizer.entries()
         gradients = [local_gradient(p) for _, p, _ in entries if p.grad is not None]
         # A sum of absolute values is finite where each of them is, short of an overflow, which may wait as well.
         sums = [g.abs().sum(dtype=torch.float64) for g in gradients]
-        mine = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        local_sum = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
         groups = self._optimizer.pg_collection
         group = groups.domain(tuple(groups.axis(name) for name in ("tp", "dp"))).group
-        return bool(engine.reduced("gradients of the stage", mine, "sum", group)().isfinite())
+        return bool(engine.reduced("gradients of the stage", local_sum, "sum", group)().isfinite())

@@ -1,4 +1,4 @@
-"""Text for the main job: where tokens come from, and which of them are batch number n.
+"""Text for the main job: where tokens come from, and which of them make up batch number n.
 
 Tokens are the bytes of the text plus one end-of-document mark, or whatever a Megatron ``.bin``/``.idx`` pair holds.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..usage import UsageError
 
-EOD = 256  # follows every document; the bytes are 0 to 255
+EOD = 256  # token after every document; bytes are the tokens 0 to 255
 FLAG = "--data-path"
 # Codes of the token type in an .idx file, from megatron/core/datasets/indexed_dataset.py.
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -38,8 +38,8 @@ class Corpus:
     Attributes:
         tokens: Token ids of any integer type, (n,); may be a read-only memory map.
         vocab_size: One more than the largest id that can occur.
-        source: Where it came from, for people.
-        digest: Says whether two corpora are the same; of a ``.bin`` file it covers index and size, not the contents.
+        source: Description of the origin, for messages.
+        digest: Equal for equal corpora. For a ``.bin`` file it covers the index and the size, not the contents.
     """
 
     tokens: NDArray[Any]
@@ -48,16 +48,16 @@ class Corpus:
     digest: str
 
     def padded_vocab_size(self, multiple: int = 8) -> int:
-        """Vocabulary rounded up to a ``multiple``, not to one of the tensor-parallel size: a resume may change that."""
+        """Vocabulary rounded up to a ``multiple`` that does not depend on the tensor-parallel size, which a resume may change."""
         return -(-self.vocab_size // multiple) * multiple
 
 
 def load_corpus(data_path: Sequence[str] = ()) -> Corpus:
-    """The user's text, or Python's own.
+    """Load the user's text, or the text that Python carries.
 
     Args:
         data_path: UTF-8 text files and directories of ``*.txt``, joined in this order; or one prefix of a Megatron
-            ``.bin``/``.idx`` pair (either file's name will do). Empty: `python_corpus`.
+            ``.bin``/``.idx`` pair (either file's name will do). Empty for :func:`python_corpus`.
 
     Raises:
         DataError: A path is missing, empty, of the wrong kind or not UTF-8, or one file of a pair is missing or
@@ -148,15 +148,15 @@ def megatron_corpus(prefix: Path) -> Corpus:
 
 
 class Samples:
-    """Sequences of a corpus, each once in a shuffled order, then again in another; the order depends on the seed alone.
+    """Sequences of a corpus: in every epoch each of them once, in an order that depends on the seed and the epoch alone.
 
     The position in the data is one integer, the number of samples consumed so far, whatever the batch sizes were.
 
     Args:
-        tokens: (n,).
-        starts: Where each sequence begins; it reads ``seq_length + 1`` tokens from there.
-        seq_length: Tokens that the model sees.
-        seed: Of the order.
+        tokens: Token ids, (n,).
+        starts: Positions at which sequences of ``seq_length + 1`` tokens begin.
+        seq_length: Number of tokens that the model sees.
+        seed: Seed of the order.
     """
 
     def __init__(self, tokens: NDArray[Any], starts: NDArray[np.int64], seq_length: int, seed: int) -> None:
@@ -186,12 +186,12 @@ class Samples:
 def split_samples(
     corpus: Corpus, *, seq_length: int, seed: int, valid_fraction: float = 0.05
 ) -> tuple[Samples, Samples]:
-    """Training and validation sequences: the corpus in pieces of ``seq_length``, every so many-th of them held out.
+    """Training and validation sequences: the corpus in pieces of ``seq_length``, of which a regular share is held out.
 
-    Held out all along the text, not at its end, so that both are of the same kind of text.
+    Sequences are held out all along the text and not at its end, so that both parts hold the same kind of text.
 
     Args:
-        valid_fraction: Share that is held out, in (0, 0.5]; at least one sequence is.
+        valid_fraction: Share to hold out, in (0, 0.5]; at least one sequence is held out.
 
     Raises:
         DataError: The corpus is too short for one sequence of either kind.

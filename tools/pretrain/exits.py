@@ -1,4 +1,4 @@
-"""Leaving a run before its last step: on a signal, after some minutes, or at a step. All ranks leave together."""
+"""Leaves a run before its last step, on a signal, after some minutes or at a step; all ranks leave together."""
 
 import signal
 import time
@@ -13,12 +13,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Exits:
-    """Knows when to leave the loop, from the moment it is entered as a context.
+    """Knows when to leave the training loop; the clock starts when it is entered as a context.
 
     Args:
-        signals: Those that are taken note of instead of ending the process; empty for none.
-        minutes: Time after which to leave; 0: no matter how long.
-        interval: Leave after a step that is a multiple of it; None: after none.
+        signals: Signals that are noted instead of ending the process.
+        minutes: Time after which to leave; 0 for no limit.
+        interval: Leave after a step that is a multiple of this number; None for no such step.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Exits:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def due(self, done: int, device: torch.device) -> str:
-        """Why to leave after step ``done``; empty: go on.
+        """Reason to leave after step ``done``; empty when training goes on.
 
-        All ranks call it after every step, and get one answer: a signal to any of them counts for all, and so does the
-        clock that is first. One small reduction, where signals or the clock matter.
+        All ranks call it after every step and get the same answer: a signal to any rank counts for all, and so does the
+        first clock that runs out. It takes one small reduction if signals or minutes were given.
         """
         if self._interval and done % self._interval == 0:
             return f"step {done} is a multiple of --exit-interval {self._interval}"

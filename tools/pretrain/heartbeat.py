@@ -1,6 +1,6 @@
-"""Who is missing: every rank tells a store what it is at, so that those who wait in vain can say for whom, and where.
+"""Names the missing rank when a collective fails: every rank writes to a store what it is doing.
 
-A collective that fails says neither. NCCL and gloo know a socket or a time-out, not the rank that sleeps elsewhere.
+The error of a collective does not say so: NCCL and gloo know a socket or a time-out, not the rank that sleeps elsewhere.
 """
 
 import json
@@ -25,19 +25,19 @@ from core import engine
 EVERY_S = 0.5
 """Longest time between two beats."""
 PAUSE_S = 0.05
-"""Shortest; a new phase is told at once, unless there was a beat just now."""
+"""Shortest time between two beats. A new phase is written at once, unless a beat was written just before."""
 SILENT_S = 2.0
-"""A rank without a beat for so long is dead, or stopped."""
+"""A rank without a beat for this time is dead, or stopped."""
 GRACE_S = 3.0
-"""How long one whose collective failed looks at the others: those that wait, too, notice at about the same time."""
+"""Time for which a rank whose collective failed watches the others; ranks that wait, too, notice at about the same time."""
 _ROOT = Path(__file__).parents[2]
 
 
 class LostRankError(RuntimeError):
-    """A collective failed, because a rank is dead or elsewhere.
+    """A collective failed, because a rank is dead or did not reach it.
 
     Attributes:
-        speaker: The rank that should tell; all that waited have the same to say.
+        speaker: Rank that should print the message, which is the same on all ranks that waited.
     """
 
     def __init__(self, text: str, speaker: int) -> None:
@@ -47,16 +47,16 @@ class LostRankError(RuntimeError):
 
 @dataclass
 class Beat:
-    """What a rank tells.
+    """What a rank writes about itself.
 
     Attributes:
-        number: Of the beat.
-        step: That it is at, counted from 1; 0 before the first.
-        phase: Of the step: ``forward``, ``optimizer``, …
-        inside: The module of the model that it entered last, or the parameter that its last collective was for.
-        place: Where its program is, or was when a collective failed.
+        number: Number of the beat, counted from 1.
+        step: Training step that the rank is at, counted from 1; 0 before the first.
+        phase: Phase of the step: ``forward``, ``optimizer``, …
+        inside: Module of the model that the rank entered last, or the parameter that its last collective was for.
+        place: Line of the program that the rank is at, or was at when a collective failed.
         since: Seconds in this phase.
-        state: ``at work``, ``waiting`` (its collective has failed), or how it ended.
+        state: ``at work``, ``waiting`` (the rank's collective has failed), or how the rank ended.
     """
 
     number: int = 0
@@ -73,21 +73,21 @@ class Beat:
 
 
 class Heartbeat:
-    """Tells the store, from a thread of its own, what this rank is at; while it is entered as a context.
+    """Writes to the store what this rank is doing, from a thread of its own; works while it is entered as a context.
 
     Args:
-        store: That all ranks share, through a connection that nobody else uses: a wait on it would hold the beats up.
-        rank: This one.
+        store: Store that all ranks share, through a connection of its own: another user's wait would delay the beats.
+        rank: Number of this rank.
         size: Number of ranks.
-        timeout: Of collectives, for the message.
+        timeout: Time-out of collectives, for the message.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         self._store, self._rank, self._size, self._timeout = store, rank, size, timeout
-        self._mine = Beat()
+        self._own_beat = Beat()
         self._entered = time.monotonic()
         self._main = threading.get_ident()
-        self._first = Beat()  # the last of rank 0: what it was at is gone with the store that it may hold
+        self._first = Beat()  # last beat of rank 0, for its beats are lost with the store, which rank 0 may hold
         self._over = False
         self._news = threading.Event()
         self._lock = threading.Lock()
@@ -106,15 +106,15 @@ class Heartbeat:
         self._thread.join()
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """This rank begins ``phase``, of ``step`` when that is another one. Only takes a note: the thread tells it."""
-        self._mine.phase, self._mine.inside = phase, ""
+        """Note that this rank begins ``phase``, and a new ``step`` if one is given. The thread writes it to the store."""
+        self._own_beat.phase, self._own_beat.inside = phase, ""
         if step is not None:
-            self._mine.step = step
+            self._own_beat.step = step
         self._entered = time.monotonic()
         self._news.set()
 
     def follow(self, model: nn.Module) -> None:
-        """Take a note of every module of ``model`` with parameters of its own that forward or backward comes to."""
+        """Note every module of ``model`` with parameters of its own when forward or backward reaches it; adds hooks to them."""
         for name, module in model.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_pre_hook(lambda *_, name=name: self._note("forward", name))
@@ -125,48 +125,48 @@ class Heartbeat:
             out.register_hook(lambda _: self._note("backward", name))
 
     def _collective_for(self, label: str) -> None:
-        self._mine.inside = label
+        self._own_beat.inside = label
 
     def _note(self, phase: str, name: str) -> None:
-        if self._mine.phase in ("forward", "backward") and self._mine.phase != phase:
+        if self._own_beat.phase in ("forward", "backward") and self._own_beat.phase != phase:
             self.at(phase)
-        self._mine.inside = name
+        self._own_beat.inside = name
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Tell the others when what is done inside fails, and say who was missing when that was a collective.
+        """Tell the other ranks when the body fails, and name the missing rank when a collective has failed.
 
         Raises:
-            LostRankError: in place of the error of a collective.
+            LostRankError: instead of the error of a collective.
         """
         try:
             yield
         except Exception as error:
-            self._mine.place = _place(_frames_of(error))
+            self._own_beat.place = _place(_frames_of(error))
             if not _is_of_a_collective(error):
-                self._mine.state = f"failed: {type(error).__name__}"
+                self._own_beat.state = f"failed: {type(error).__name__}"
                 self._try_to_write()
                 raise
-            self._mine.state = "waiting"
+            self._own_beat.state = "waiting"
             self._try_to_write()
             text, speaker = self._blame()
             raise LostRankError(f"{text} [{_first_line(error)}]", speaker) from error
-        self._mine.state = "ended"
+        self._own_beat.state = "ended"
         self._try_to_write()
 
     def _blame(self) -> tuple[str, int]:
-        """What became of the others, and the first of those that waited."""
+        """The message about the ranks that are missing, and the first of the ranks that waited."""
         try:
             beats, silent = self._look()
         except RuntimeError:
             text = (
                 f"rank 0 is gone, and with it the store: it was last heard of at {self._first}. Rank {self._rank} waited for it "
-                f"in {self._mine}."
+                f"in {self._own_beat}."
             )
             return text, self._rank
         waiting = [rank for rank, beat in beats.items() if beat.state == "waiting"]
         away = [rank for rank in beats if rank not in waiting]
-        # Beside one that is gone, one that is not may only not have noticed yet.
+        # Beside a rank that is gone, one that is at work may only not have noticed it yet.
         verb = "is still" if any(rank in silent or beats[rank].state != "at work" for rank in away) else "is stuck"
         parts = []
         for rank in away:
@@ -181,12 +181,12 @@ class Heartbeat:
         waits: dict[str, list[int]] = {}
         for rank in waiting:
             waits.setdefault(str(beats[rank]), []).append(rank)
-        told = "; ".join(f"rank {', '.join(map(str, ranks))} in {where}" for where, ranks in waits.items())
+        waiters = "; ".join(f"rank {', '.join(map(str, ranks))} in {where}" for where, ranks in waits.items())
         limit = f"--distributed-timeout-minutes {self._timeout.total_seconds() / 60:g}"
-        return f"{'; '.join(parts)}. Waiting for it: {told}. ({limit})", waiting[0]
+        return f"{'; '.join(parts)}. Waiting for it: {waiters}. ({limit})", waiting[0]
 
     def _look(self) -> tuple[dict[int, Beat], set[int]]:
-        """The last beat of every rank, and the ranks without a fresh one; waits until each has said why, or gives up."""
+        """The last beat of every rank, and the silent ranks; waits until each rank is settled, or for :data:`GRACE_S`."""
         began = time.monotonic()
         numbers: dict[int, tuple[int, float]] = {}
         while True:
@@ -207,25 +207,25 @@ class Heartbeat:
             self._news.clear()
             if self._over:
                 return
-            if self._mine.state == "at work":
-                self._mine.place = _place(_frames_from(sys._current_frames().get(self._main)))
+            if self._own_beat.state == "at work":
+                self._own_beat.place = _place(_frames_from(sys._current_frames().get(self._main)))
             try:
                 self._write()
                 self._first = self._read([0])[0]
             except RuntimeError:
-                return  # the store went with the rank that held it: the next collective will say so
+                return  # the store is gone with the rank that held it; the next collective fails
 
     def _try_to_write(self) -> None:
         try:
             self._write()
         except RuntimeError:
-            return  # as above
+            return  # the store is gone with the rank that held it
 
     def _write(self) -> None:
         with self._lock:
-            self._mine.number += 1
-            self._mine.since = time.monotonic() - self._entered
-            self._store.set(_key(self._rank), json.dumps(asdict(self._mine)))
+            self._own_beat.number += 1
+            self._own_beat.since = time.monotonic() - self._entered
+            self._store.set(_key(self._rank), json.dumps(asdict(self._own_beat)))
 
     def _read(self, ranks: Sequence[int]) -> dict[int, Beat]:
         with self._lock:
@@ -234,26 +234,26 @@ class Heartbeat:
 
 
 def meet(store: Store, rank: int, size: int, patience: timedelta) -> None:
-    """Wait until all ranks are here, whatever the time-out of collectives is.
+    """Wait until all ranks have started, for at most ``patience``, whatever the time-out of collectives is.
 
     Raises:
-        LostRankError: when some are not; names them.
+        LostRankError: when a rank has not started; names all of these.
     """
-    store.set(_here(rank), "")
+    store.set(_started(rank), "")
     try:
-        store.wait([_here(other) for other in range(size)], patience)
+        store.wait([_started(other) for other in range(size)], patience)
     except RuntimeError:
-        absent = [str(other) for other in range(size) if not store.check([_here(other)])]
-        said = f"rank {', '.join(absent)} did not start within {patience.total_seconds():g} s of rank {rank}"
-        raise LostRankError(said, rank) from None
+        absent = [str(other) for other in range(size) if not store.check([_started(other)])]
+        text = f"rank {', '.join(absent)} did not start within {patience.total_seconds():g} s of rank {rank}"
+        raise LostRankError(text, rank) from None
 
 
 def _key(rank: int) -> str:
     return f"beat/{rank}"
 
 
-def _here(rank: int) -> str:
-    return f"here/{rank}"
+def _started(rank: int) -> str:
+    return f"started/{rank}"
 
 
 def _is_of_a_collective(error: BaseException | None) -> bool:

@@ -47,12 +47,12 @@ from .trace import Trace
 from .validation import Plan, check_device, gpt_config, validate
 
 START = timedelta(minutes=5)
-"""Time that processes may take to start, apart from the time-out of collectives."""
+"""Time in which all processes must have started; it does not depend on the time-out of collectives."""
 
 
 @record
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; exits with 2 and one line when something that was given does not fit, or the run cannot go on."""
+    """Run the command line; when a flag does not fit or the run cannot go on, print one line and exit with code 2."""
     launch = Launch()
     try:
         launch = Launch.from_environ(os.environ)
@@ -67,17 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse(error, rank=launch.rank)
     except LostRankError as error:
         if launch.rank != error.speaker:
-            # All have the same to say; a launcher that sees one rank end stops the others, so the speaker goes first.
+            # The message is the same on all ranks; a launcher that sees one rank end stops the others, so the speaker ends first.
             time.sleep(GRACE_S)
             sys.exit(EXIT_CODE)
         refuse(error, rank=0)
 
 
 def prepare(argv: Sequence[str] | None, launch: Launch) -> tuple[Arguments, Plan, Corpus]:
-    """All that comes before process groups and memory.
+    """Parse and check the flags and load the text, before process groups are made and memory is allocated.
 
     Raises:
-        UsageError: Something that was given does not fit.
+        UsageError: A flag, the text or the launch does not fit.
     """
     args = parse_arguments(argv)
     plan = validate(args, launch, Machine.here())
@@ -88,7 +88,7 @@ def prepare(argv: Sequence[str] | None, launch: Launch) -> tuple[Arguments, Plan
 
 @contextmanager
 def process_group(args: Arguments, launch: Launch, plan: Plan) -> Iterator[tuple[DeviceMesh | None, Heartbeat | None]]:
-    """The mesh of all ranks while the job runs, and what tells of this one; None for one process, which is alone.
+    """The mesh of all ranks and this rank's heartbeat, while the job runs; None and None for a single process.
 
     Raises:
         LostRankError: A rank is missing from a collective.
@@ -113,9 +113,9 @@ def process_group(args: Arguments, launch: Launch, plan: Plan) -> Iterator[tuple
             tp=args.tensor_model_parallel_size,
         )
         yield mesh, heartbeat
-        # Not after an error: the others may wait in a collective, and what went wrong is to be seen first.
+        # After an error there is no barrier: the others may wait in a collective, and the error must be shown first.
         dist.barrier()
-    dist.barrier()  # nobody tells the store anything from here on, and rank 0 may take it with it
+    dist.barrier()  # from here on no rank writes to the store, so rank 0, which may hold it, can end
     dist.destroy_process_group()
 
 
@@ -123,12 +123,16 @@ class Job:
     """One rank of a training run.
 
     Args:
-        mesh: None for one process.
-        heartbeat: Told what this rank is at; None where nobody listens.
+        args: Flags of the job.
+        plan: What follows from the flags and the launch.
+        corpus: Text to train on.
+        mesh: Mesh of all ranks; None for one process.
+        launch: This process's place among all processes.
+        heartbeat: Heartbeat that is told each phase; None for one process.
 
     Attributes:
-        done: Finished steps.
-        consumed: Sequences used for them, over all ranks; the position in the data.
+        done: Number of finished steps.
+        consumed: Sequences consumed by these steps, over all ranks; the position in the data.
 
     Raises:
         UsageError: The flags do not fit the model, or the text is too short.
@@ -180,8 +184,8 @@ class Job:
         self._say(*start.notes)
         self.optimizer.train()
         members = self.optimizer.members.items()
-        mine = [(name, m.estimator, m.hessian_interval) for name, m in members if isinstance(m, Sophia)]
-        self._curvatures = list(dict.fromkeys(joined(mine)))
+        local_curvatures = [(name, m.estimator, m.hessian_interval) for name, m in members if isinstance(m, Sophia)]
+        self._curvatures = list(dict.fromkeys(joined(local_curvatures)))
         for name in ("overlap_optimizer_with_backward", "overlap_optimizer_with_bubble"):
             if self._curvatures and getattr(args, name):
                 problem = "Sophia estimates curvature between backward and step"
@@ -200,11 +204,11 @@ class Job:
         self._bubble = self._bubble_step(has_bubble=stage > 0) if args.overlap_optimizer_with_bubble else None
 
     def run(self, exits: Exits | None = None) -> None:
-        """Train to ``--train-iters``, or until it is time to leave.
+        """Train to ``--train-iters``, or until ``exits`` says to leave.
 
         Raises:
             FaultError: A gradient, the loss or state is not finite, or too many steps were left out; on all ranks.
-            CheckpointError: A checkpoint cannot be written; those before it stay.
+            CheckpointError: A checkpoint cannot be written; earlier ones stay as they are.
         """
         args = self.args
         if self.done >= args.train_iters:
@@ -216,7 +220,7 @@ class Job:
         try:
             self._train(exits or Exits(), log, progress, background)
         except FaultError:
-            # On all ranks: what they are saving is good, and may come to its end.
+            # All ranks raise it, and the state that is being saved was good, so the save can be finished.
             if background:
                 background.wait()
             raise
@@ -278,7 +282,7 @@ class Job:
             )
 
     def _step(self) -> tuple[float, Verdict]:
-        """One step; the loss before it, and whether it was taken."""
+        """Take one step; returns the loss before it, and the verdict whether it was taken."""
         args = self.args
         self._at("check", self.done + 1)
         if args.check_state_interval and self.done % args.check_state_interval == 0:
@@ -301,7 +305,7 @@ class Job:
                 self.optimizer.step()
         self._at("log")
         with warnings.catch_warnings():
-            # A step may be left out, the first too; the schedule counts it.
+            # torch warns when the first step is left out, for the schedule counts that step.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.step()
         self.done += 1
@@ -329,13 +333,13 @@ class Job:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The weights that the optimizer evaluates with, which schedule-free ones keep apart from those it trains."""
+        """Put the weights for evaluation in place, and afterwards those for training; schedule-free optimizers keep both."""
         self.optimizer.eval()
         yield
         self.optimizer.train()
 
     def _estimate_curvature(self, batch: Tensor) -> None:
-        """Let Sophia estimate the Hessian's diagonal on ``batch`` where it is time to; leaves gradients as they are."""
+        """Let Sophia estimate the Hessian's diagonal on ``batch`` if that is due; leaves gradients as they are."""
         args = self.args
         params = [p for model in self.engine.model_chunks for p in model.parameters()]
         for name, estimator, interval in self._curvatures:
@@ -358,7 +362,7 @@ class Job:
                 p.grad = gradient
 
     def _is_due(self, interval: int) -> bool:
-        """Whether something that happens every ``interval`` steps and after the last one happens now; 0: never."""
+        """Whether an action is due that is taken every ``interval`` steps and after the last one; 0 for never."""
         return interval > 0 and (self.done % interval == 0 or self.done == self.args.train_iters)
 
     def _say(self, *lines: str) -> None:

@@ -1,4 +1,4 @@
-"""What the launcher and the machine offer: the environment of torchrun, and the accelerator."""
+"""The launch and the machine: what torchrun's environment variables say, and which accelerator there is."""
 
 import errno
 import socket
@@ -25,14 +25,14 @@ class Launch:
     master_addr: str | None = None
     master_port: int | None = None
     agent_store: bool = False  # torchrun's agent already holds the store, and with it the port
-    max_restarts: int = 0  # of torchrun
+    max_restarts: int = 0  # restarts that torchrun may make
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "Launch":
-        """Read ``RANK``, ``WORLD_SIZE`` and what torchrun sets beside them; without these two it is one process.
+        """Read ``RANK``, ``WORLD_SIZE`` and torchrun's other variables; without these two the job is one process.
 
         Raises:
-            UsageError: one is missing, is no number, or is out of range.
+            UsageError: A variable is missing, is not a number, or is out of range.
         """
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
             _check_alone(environ)
@@ -76,7 +76,7 @@ class Launch:
         )
 
     def check_port(self) -> None:
-        """Raises UsageError if this process is to listen at the master port and another one already does."""
+        """Raise UsageError if this process must listen at the master port and another process already does."""
         if self.rank != 0 or self.master_port is None or self.agent_store:
             return
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -101,9 +101,8 @@ class Machine:
     """The accelerator of this process.
 
     Args:
-        gpus: CUDA devices that torch sees.
-        capability: compute capability of the first; None without a GPU.
-        bf16: whether it computes in bfloat16 itself (compute capability 8.0 and later).
+        gpus: Number of CUDA devices that torch sees.
+        capability: Compute capability of the first GPU; None without one.
     """
 
     gpus: int = 0
@@ -111,13 +110,14 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
+        """The machine that this process runs on."""
         if not torch.cuda.is_available():
             return cls()
         return cls(gpus=torch.cuda.device_count(), capability=torch.cuda.get_device_capability(0))
 
 
 def _check_alone(environ: Mapping[str, str]) -> None:
-    """Raises UsageError where another launcher started several processes, each of which would train alone."""
+    """Raise UsageError if another launcher started several processes, each of which would train alone."""
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         if environ.get(name, "1") != "1":
             problem = "processes were started, but RANK and WORLD_SIZE are not set, so each would train alone"

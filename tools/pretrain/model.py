@@ -185,8 +185,8 @@ class GPT(nn.Module):
 
     Args:
         config: Shape of the whole model.
-        stage: What this instance holds; everything by default. Parameter names do not depend on it.
-        autocast: Low precision to compute in (torch.autocast) while parameters and residuals keep theirs.
+        stage: Part of the model that this instance holds; all of it by default. Parameter names do not depend on it.
+        autocast: Low precision of the computation (torch.autocast); parameters and residuals keep theirs.
     """
 
     def __init__(self, config: GPTConfig, stage: Stage | None = None, *, autocast: torch.dtype | None = None) -> None:

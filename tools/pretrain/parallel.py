@@ -37,13 +37,13 @@ def check_layout(
     schedule: str = "1f1b",
     layers_per_virtual_stage: int | None = None,
 ) -> int:
-    """Whether the model can be cut that way; needs no process group.
+    """Check that the model can be sharded in this way; needs no process group.
 
     Returns:
         The data-parallel size.
 
     Raises:
-        UsageError: Naming the flag, what is possible and what to do.
+        UsageError: The layout does not fit; names the flag, what is possible and what to do.
     """
     if tp < 1 or pp < 1 or world_size % (tp * pp):
         raise UsageError(
@@ -84,10 +84,10 @@ def check_layout(
 
 
 def count_stages(num_layers: int, pp: int, schedule: str, layers_per_virtual_stage: int | None) -> int:
-    """Number of pipeline stages: one a rank, or enough that none has more than ``layers_per_virtual_stage`` layers.
+    """Number of pipeline stages: one per rank, or enough that none has more than ``layers_per_virtual_stage`` layers.
 
     Raises:
-        UsageError: An unknown schedule, or one that does not fit the number of ranks or of stages a rank.
+        UsageError: The schedule is unknown, or does not fit the number of ranks or of stages per rank.
     """
     flag = "--num-layers-per-virtual-pipeline-stage"
     if schedule not in SCHEDULES:
@@ -110,15 +110,15 @@ def count_stages(num_layers: int, pp: int, schedule: str, layers_per_virtual_sta
 
 
 def build_mesh(device_type: str, *, pp: int, dp: int, tp: int) -> DeviceMesh:
-    """The mesh of all ranks with axes ``pp``, ``dp``, ``tp``; the default process group must be there."""
+    """The mesh of all ranks with axes ``pp``, ``dp``, ``tp``; the default process group must exist."""
     return init_device_mesh(device_type, (pp, dp, tp), mesh_dim_names=AXES)
 
 
 def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
     """Shard the linear layers and the token embedding of ``model`` over the one-axis ``mesh``, in place.
 
-    QKV and the first MLP weight by rows, so that a rank holds whole query groups and whole gate/value pairs; the
-    weights after them by columns; token embedding and output layer by rows, that is by vocabulary, and the logits are
+    QKV and the first MLP weight are sharded by rows, so that a rank holds whole query groups and whole gate/value pairs;
+    the weights after them by columns; token embedding and output layer by rows, that is by vocabulary. Logits are
     gathered. Norms and positions stay whole plain tensors, whose gradients are complete and the same on every rank.
     Between modules all activations are plain tensors.
     """
@@ -144,25 +144,25 @@ class Engine:
 
     Args:
         config: Shape of the whole model.
-        mesh: From `build_mesh`, or with the same axis names; None trains in this process alone, and then
-            torch.distributed need not be there.
-        device: Where parameters live; its type must be the mesh's.
-        seed: Of the weights.
-        micro_batches: Micro-batches a step on each data-parallel rank.
-        schedule: Order of the pipeline's work, see `SCHEDULES`; no matter without a pipeline.
+        mesh: Mesh from :func:`build_mesh`, or one with the same axis names; None trains in this process alone, without
+            torch.distributed.
+        device: Device of the parameters; its type must be the mesh's.
+        seed: Seed of the weights.
+        micro_batches: Number of micro-batches of a step on each data-parallel rank.
+        schedule: Order of the pipeline's work, one of ``SCHEDULES``; not used without a pipeline.
         layers_per_virtual_stage: Largest number of layers of a stage under the interleaved schedule.
-        dtype: Of the parameters and of what is not under ``autocast``.
+        dtype: Type of the parameters, and of all computation outside ``autocast``.
         autocast: Precision of the matrix multiplications (torch.autocast), with parameters and gradients in ``dtype``.
         split_gate_up: Let the optimizer treat gate and value of a SwiGLU as two matrices.
 
     Attributes:
-        model_chunks: This rank's pipeline stages, one unless the schedule is interleaved. Parameters carry global names
-            and the attributes of `tag_parameters`; sharded ones are DTensors.
-        stages: Their places in the pipeline; none without one.
+        model_chunks: This rank's pipeline stages, one unless the schedule is interleaved. Parameters have global names
+            and the attributes of :func:`tag_parameters`; sharded ones are DTensors.
+        stages: Pipeline stages of ``model_chunks``; empty without a pipeline.
         tell: Called with ``gradients`` and ``loss`` when their reduction begins.
 
     Raises:
-        UsageError: See `check_layout`.
+        UsageError: The layout does not fit, as :func:`check_layout` says.
     """
 
     def __init__(
@@ -189,10 +189,10 @@ class Engine:
         stages = list(pipeline_stages(config.num_layers, num_stages))
         self._dp_rank = mesh["dp"].get_local_rank() if mesh is not None else 0
         pp_rank = mesh["pp"].get_local_rank() if mesh is not None else 0
-        mine = range(pp_rank, num_stages, self.pp)
-        self._is_first, self._is_last = 0 in mine, num_stages - 1 in mine
+        indices = range(pp_rank, num_stages, self.pp)
+        self._is_first, self._is_last = 0 in indices, num_stages - 1 in indices
         self.model_chunks: list[GPT] = []
-        for index in mine:
+        for index in indices:
             model = build_gpt(
                 config, seed=seed, stage=stages[index], device=self.device, dtype=dtype, autocast=autocast
             )
@@ -205,7 +205,7 @@ class Engine:
         self._tied_group: ProcessGroup | None = None
         if mesh is not None and self.pp > 1:
             pipeline = mesh["pp"].get_group()
-            self._schedule = self._build_schedule(schedule, mine, num_stages, pipeline)
+            self._schedule = self._build_schedule(schedule, indices, num_stages, pipeline)
             if not config.untie_embeddings_and_output_weights:
                 self._tied_group = _ends(pipeline)
         self._batch_shape: torch.Size | None = None
@@ -217,19 +217,19 @@ class Engine:
         last: AbstractContextManager[Any] | None = None,
         then: Callable[[], None] | None = None,
     ) -> float:
-        """Forward and backward of the global batch; ``.grad`` becomes the gradient of its mean loss.
+        """Run forward and backward of the global batch; ``.grad`` becomes the gradient of its mean loss.
 
         Args:
             batch: Token ids (global batch, sequence + 1), the same on every rank.
-            last: What the last micro-batch's backward runs in, without a pipeline. It makes gradients final itself, by
-                `make_final`.
+            last: Context of the last micro-batch's backward, without a pipeline. It makes gradients final itself, by
+                :meth:`make_final`.
             then: Called when this rank's gradients are final, before it waits for the other stages' losses.
 
         Returns:
             Mean loss over all tokens of the global batch in nats, the same on every rank.
 
         Raises:
-            ValueError: The batch does not divide into micro-batches, is too wide for the model, or has not the shape of
+            ValueError: The batch does not divide into micro-batches, is too wide for the model, or differs in shape from
                 the batches before it.
         """
         for model in self.model_chunks:
@@ -252,11 +252,11 @@ class Engine:
             dist.all_reduce(_local_grad(param), group=self.mesh["dp"].get_group())
 
     def sampled_step(self, batch: Tensor, seed: int) -> None:
-        """As `train_step`, for targets drawn from the model's own predictions; the same ones on every layout.
+        """Do what :meth:`train_step` does, for targets drawn from the model's predictions, the same on every layout.
 
         Args:
-            batch: As there; its last column is not used.
-            seed: Of the draws.
+            batch: Token ids (global batch, sequence + 1); the last column is not used.
+            seed: Seed of the draws.
         """
         for model in self.model_chunks:
             model.zero_grad(set_to_none=True)
@@ -266,7 +266,7 @@ class Engine:
         self._reduce_gradients()
 
     def eval_step(self, batch: Tensor) -> float:
-        """As `train_step`, without gradients; those that exist are left alone."""
+        """Mean loss of ``batch``, as :meth:`train_step` returns it; leaves gradients as they are."""
         with torch.no_grad():
             return self._begin_sum(self._run(batch, backward=False))()
 
@@ -278,7 +278,7 @@ class Engine:
         draws: Tensor | None = None,
         last: AbstractContextManager[Any] | None = None,
     ) -> list[Tensor]:
-        """The losses of this rank's micro-batches; none where the last stage is elsewhere.
+        """The losses of this rank's micro-batches; none if another rank holds the last stage.
 
         ``draws`` in [0, 1) (global batch, sequence) take the place of the targets: each picks one by its probability.
         """
@@ -301,10 +301,10 @@ class Engine:
             losses.append(loss.detach())
         return losses
 
-    def _build_schedule(self, name: str, mine: Iterable[int], num_stages: int, group: ProcessGroup) -> Schedule:
+    def _build_schedule(self, name: str, indices: Iterable[int], num_stages: int, group: ProcessGroup) -> Schedule:
         self.stages = stages = [
             PipelineStage(cast(nn.Module, model), index, num_stages, self.device, group=group)
-            for model, index in zip(self.model_chunks, mine, strict=True)
+            for model, index in zip(self.model_chunks, indices, strict=True)
         ]
         if name == "interleaved":
             return ScheduleInterleaved1F1B(list(stages), self.micro_batches, loss_fn=self._loss, scale_grads=False)
@@ -332,11 +332,11 @@ class Engine:
                 f"{tuple(self._batch_shape or ())}. Give every batch that shape."
             )
         self._batch_shape = batch.shape
-        mine = batch.chunk(self.dp)[self._dp_rank].to(self.device)
-        return mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
+        sequences = batch.chunk(self.dp)[self._dp_rank].to(self.device)
+        return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
 
     def _begin_sum(self, losses: list[Tensor]) -> Callable[[], float]:
-        """Send off the sum over all ranks, which does not wait for other stages; what is returned does, and returns it."""
+        """Begin the sum over all ranks; the function that is returned waits for the other stages and returns the sum."""
         total = sum((x.detach() for x in losses), torch.zeros((), dtype=torch.float64, device=self.device))
         work = None
         for axis in ("dp", "pp"):
@@ -374,8 +374,8 @@ def _ends(pipeline: ProcessGroup) -> ProcessGroup | None:
 def _pick(logits: Tensor, draws: Tensor) -> Tensor:
     """For each draw in [0, 1) (batch, sequence), the class whose share of the cumulated probabilities holds it."""
     shares = logits.double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(shares, draws.unsqueeze(-1), right=True).squeeze(-1)
-    return found.clamp_max(logits.shape[-1] - 1)  # the last share may end just below 1
+    classes = torch.searchsorted(shares, draws.unsqueeze(-1), right=True).squeeze(-1)
+    return classes.clamp_max(logits.shape[-1] - 1)  # the last share may end just below 1
 
 
 def _lay_out_gradient(param: nn.Parameter) -> None:

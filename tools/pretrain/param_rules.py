@@ -36,7 +36,7 @@ def param_overrides(rules: Iterable[str]) -> dict[ParamKey, Settings]:
     """The rules by pattern; two rules with the same pattern are one.
 
     Raises:
-        UsageError: A rule has another form than `parse_rule` knows, or two with the same pattern disagree.
+        UsageError: A rule has another form than :func:`parse_rule` knows, or two with the same pattern disagree.
     """
     overrides: dict[ParamKey, Settings] = {}
     for rule in rules:
@@ -55,8 +55,8 @@ def parse_rule(rule: str) -> tuple[str, Settings]:
     """``decoder.*.mlp.*=adamw,lr:1e-4`` -> its pattern and ``{"optimizer": "adamw", "lr": 1e-4}``.
 
     Raises:
-        UsageError: The rule has another form, a lone bracket in its pattern, an unknown key or optimizer, or no number
-            where one belongs.
+        UsageError: The rule has another form, its pattern has a lone bracket, a key or an optimizer is unknown, or a value
+            is not a number.
     """
     pattern, equals, body = (part.strip() for part in rule.rpartition("="))
     if not equals or not pattern or not body:
@@ -83,8 +83,8 @@ def check_rules(args: Arguments, model: GPTConfig) -> None:
     """Route the parameters of the whole model, without memory for them, so that every rank finds the same faults.
 
     Raises:
-        UsageError: See `build_optimizer`; or the optimizer of ``--optimizer`` got no parameter, or none that is used has
-            one of the settings.
+        UsageError: As :func:`build_optimizer` raises it; also when ``--optimizer`` gets no parameter, or a setting belongs to
+            no optimizer of this run.
     """
     with torch.device("meta"):
         whole = GPT(model)
@@ -111,8 +111,8 @@ def build_optimizer(
     """The optimizer of this rank's part of the model.
 
     Raises:
-        UsageError: A rule matches nothing, two disagree about a parameter, a matrix optimizer got something else than a
-            matrix, the split of a fused one does not add up, or a parameter has no optimizer.
+        UsageError: A rule matches nothing, two rules disagree about a parameter, an optimizer of matrices gets another
+            tensor, the split of a fused matrix does not add up, or a parameter has no optimizer.
     """
     overrides = param_overrides(args.param_override)
     try:
@@ -120,8 +120,10 @@ def build_optimizer(
             optimizer_config(args), model_chunks, groups, overrides, args.weight_decay_mask or None
         )
     except ValueError as error:
-        given = (FLAG, " ".join(map(repr, args.param_override))) if overrides else ("--optimizer", args.optimizer)
-        raise UsageError(*given, str(error)) from error
+        flag_and_value = (
+            (FLAG, " ".join(map(repr, args.param_override))) if overrides else ("--optimizer", args.optimizer)
+        )
+        raise UsageError(*flag_and_value, str(error)) from error
     assigned = {a.name for a in optimizer.assignments()}
     for chunk in model_chunks:
         for name, param in chunk.named_parameters():

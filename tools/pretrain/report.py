@@ -1,4 +1,4 @@
-"""What a run tells: the start-up table, one line or bar a step, ``log.csv`` and ``log.jsonl``."""
+"""What a run prints and logs: the start-up table, a line or a bar for each step, ``log.csv`` and ``log.jsonl``."""
 
 import csv
 import json
@@ -23,14 +23,14 @@ class Record:
     """One logged step.
 
     Args:
-        step: finished steps, counted from 1.
-        samples: sequences consumed since the beginning of the training, over all ranks.
-        loss: mean over the global batch.
-        lr: the learning rate the step used.
-        grad_norm: global norm before clipping.
-        tokens_per_s: over all ranks, since the last logged step.
-        val_loss: mean of the validation after this step; None where there was none.
-        skipped: steps left out since the beginning of the training.
+        step: Number of finished steps.
+        samples: Sequences consumed since the beginning of the training, over all ranks.
+        loss: Mean loss over the global batch.
+        lr: Learning rate of the step.
+        grad_norm: Global gradient norm before clipping.
+        tokens_per_s: Speed over all ranks since the last logged step.
+        val_loss: Mean loss of the validation after this step; None if there was no validation.
+        skipped: Steps left out since the beginning of the training.
     """
 
     step: int
@@ -44,10 +44,10 @@ class Record:
 
 
 def startup_table(assignments: Iterable[Assignment]) -> str:
-    """Parameters with layer numbers folded into ``*`` -> count, optimizer, whole shape, how sharded, mode.
+    """A table of the parameters: count, optimizer, whole shape, sharding and mode; layer numbers are folded into ``*``.
 
     Args:
-        assignments: of all ranks; the same parameter may stand in it several times.
+        assignments: Assignments of all ranks; the same parameter may occur several times.
     """
     unique = {a.name: a for a in assignments}
     rows = Counter(
@@ -66,11 +66,11 @@ def format_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 class RunLog:
-    """``log.csv`` and ``log.jsonl`` of one run, one row a logged step, on disk after every row.
+    """``log.csv`` and ``log.jsonl`` of one run: a row for each logged step, on disk as soon as it is written.
 
     Args:
-        directory: made if missing; what an earlier run left there goes. None: nothing is written.
-        resumed_at: finished steps at the start. Rows of later steps, left by a crashed run, are dropped; earlier stay.
+        directory: Directory of the two files, made if missing; files of an earlier run are replaced. None: nothing is written.
+        resumed_at: Finished steps at the start. Rows up to this step are kept; later ones, left by a crashed run, are dropped.
     """
 
     def __init__(self, directory: Path | None, resumed_at: int = 0) -> None:
@@ -98,7 +98,7 @@ class RunLog:
 
 
 def read_log(run: Path) -> list[Record]:
-    """The rows of ``log.jsonl`` in directory `run`, or of the file `run`; an incomplete last line is left out."""
+    """The rows of ``log.jsonl`` in the directory ``run``, or of the file ``run``, up to an incomplete line."""
     path = run / "log.jsonl" if run.is_dir() else run
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -110,12 +110,13 @@ def read_log(run: Path) -> list[Record]:
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere; silent where `enabled` is false (all ranks but the first).
+    """A bar on a terminal, plain lines elsewhere.
 
     Args:
-        total: steps of the whole run.
-        done: steps finished before.
-        tokens_per_step: over all ranks.
+        total: Steps of the whole run.
+        done: Steps finished before.
+        tokens_per_step: Tokens of one step, over all ranks.
+        enabled: Whether to print; False on all ranks but the first.
     """
 
     def __init__(self, total: int, done: int, tokens_per_step: int, *, enabled: bool = True) -> None:
@@ -129,7 +130,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, ncols=columns, nrows=rows, bar_format=_BAR)
 
     def tick(self, step: int) -> None:
-        """Step `step` is finished."""
+        """Count ``step`` as finished."""
         if self._bar is not None:
             self._bar.update(step - self._done)
         self._done = step
@@ -140,28 +141,28 @@ class Progress:
         return (self._done - self._last_at) * self._tokens / max(seconds, 1e-9)
 
     def show(self, record: Record) -> None:
-        """Tell a logged step, and start the clock of the next one."""
+        """Print a logged step, and start the clock of the next one."""
         self._last, self._last_at = time.perf_counter(), self._done
         if not self._enabled:
             return
         speed = _si(record.tokens_per_s)
-        said = f"loss {record.loss:.4f} | lr {record.lr:.2e} | grad norm {record.grad_norm:.3f} | {speed} tok/s"
+        text = f"loss {record.loss:.4f} | lr {record.lr:.2e} | grad norm {record.grad_norm:.3f} | {speed} tok/s"
         if record.val_loss is not None:
             self.say(f"step {record.step:>5}: validation loss {record.val_loss:.4f}")
         if self._bar is not None:
-            self._bar.set_description_str(said)
+            self._bar.set_description_str(text)
         else:
-            print(f"step {record.step:>5}/{self._total} | {said} | eta {self._eta()}", flush=True)
+            print(f"step {record.step:>5}/{self._total} | {text} | eta {self._eta()}", flush=True)
 
     def say(self, text: str) -> None:
-        """A line beside the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.write(text)
         elif self._enabled:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """End the bar, so that the terminal is in order."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the main job: what is written beside the tensors, and what changed when a run is resumed."""
+"""Checkpoints of the main job: what they hold besides tensors, and which flags changed when a run is resumed."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ from core.optimizer.chained import ChainedOptimizer
 from .arguments import Arguments, flag_of
 from .data import Corpus
 
-# Where files lie and what is told has no part in the training; of the layout the checkpoint speaks itself.
-_UNSAID = {
+# Paths and logging do not influence the training, and the checkpoint reports a change of layout itself.
+_NOT_COMPARED = {
     *("save", "load", "save_interval", "log_dir", "log_interval", "trace", "config", "eval_interval", "eval_iters"),
     *(
         "async_save",
@@ -31,7 +31,7 @@ _UNSAID = {
     *("exit_signal_handler", "exit_duration_in_mins", "exit_interval"),
     *("check_state_interval", "distributed_timeout_minutes"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
-    "settings",  # told one by one
+    "settings",  # compared one by one
 }
 
 
@@ -40,11 +40,11 @@ class Start:
     """Where a run begins.
 
     Args:
-        done: Finished steps.
-        consumed: Position in the data.
-        notes: Lines for the user.
-        faults: What the checkpoint kept of steps left out and of running medians.
-        schedule: What it kept of the schedule; None where the run begins at step 0.
+        done: Number of finished steps.
+        consumed: Position in the data, in sequences.
+        notes: Lines to print.
+        faults: Saved state of the guard: steps left out, running medians.
+        schedule: Saved state of the schedule; None if the run begins at step 0.
     """
 
     done: int = 0
@@ -65,12 +65,12 @@ def save(
     decay: Mapping[str, int],
     background: checkpoint.Background | None = None,
 ) -> Path:
-    """Write a checkpoint under ``--save``, or begin to, in the ``background``; all ranks call it.
+    """Write a checkpoint to ``--save``, in the ``background`` if one is given; all ranks call it.
 
-    The schedule is a function of the step, of the flags, which are saved with it, and of where a ``decay`` began.
+    The schedule follows from the step, from the flags, which are saved too, and from the step at which a ``decay`` began.
 
     Raises:
-        CheckpointError: It cannot be written; those before it stay.
+        CheckpointError: The checkpoint cannot be written; earlier ones stay as they are.
     """
     assert args.save is not None
     flags = dataclasses.asdict(args)
@@ -90,8 +90,8 @@ def save(
 def load(args: Arguments, corpus: Corpus, model_chunks: Sequence[nn.Module], optimizer: ChainedOptimizer) -> Start:
     """Load the newest checkpoint of ``--load`` into model and optimizer; all ranks call it.
 
-    Weights, state, step and data position are the checkpoint's, settings those of the command line. Where ``--load`` and
-    ``--save`` are one directory without a checkpoint, the run begins at 0: it is the first of a job that restarts itself.
+    Weights, state, step and data position come from the checkpoint, settings from the command line. If ``--load`` and
+    ``--save`` name one directory without a checkpoint, the run begins at step 0: it is the first of a job that restarts itself.
 
     Raises:
         CheckpointError: There is no checkpoint, or it does not fit.
@@ -124,12 +124,12 @@ def load(args: Arguments, corpus: Corpus, model_chunks: Sequence[nn.Module], opt
 
 
 def changed_flags(saved: Mapping[str, Any], args: Arguments) -> list[str]:
-    """A line for each flag that is not what it was and that has a part in the training."""
+    """A line for each flag that influences the training and has another value than in the ``saved`` flags."""
     now = json.loads(json.dumps(dataclasses.asdict(args)))
     lines = [
         f"{flag_of(name)} was {saved[name]} and is now {value}"
         for name, value in now.items()
-        if name not in _UNSAID and name in saved and saved[name] != value
+        if name not in _NOT_COMPARED and name in saved and saved[name] != value
     ]
     before, after = saved.get("settings", {}), now["settings"]
     for name in sorted({*before, *after}):

@@ -25,7 +25,7 @@ from .schedule_flags import MEGATRONS, TAKEN, ScheduleArguments
 BEGINS = {"WSD": "start_decay", "infinite": "start_annealing"}
 """Styles whose decay can begin when a run is resumed, and the flag that says so."""
 DECAY_START = "decay_start"
-"""Where a checkpoint keeps the step at which the decay began."""
+"""Key of a checkpoint's schedule that holds the step at which the decay began."""
 
 
 def check_schedule(args: ScheduleArguments) -> None:
@@ -60,7 +60,7 @@ def check_schedule(args: ScheduleArguments) -> None:
 def _check_taken(args: ScheduleArguments) -> None:
     style = args.lr_decay_style
     if style not in TAKEN:
-        return  # registered by somebody else
+        return  # a style that the user registered
     for field in dataclasses.fields(ScheduleArguments):
         name, value = field.name, getattr(args, field.name)
         if value == field.default or name in ("train_iters", "lr", "lr_decay_style", *TAKEN[style]):
@@ -78,7 +78,7 @@ def _check_taken(args: ScheduleArguments) -> None:
 
 
 def configured_start(args: ScheduleArguments) -> int:
-    """The step at which the flags alone let the decay of WSD or infinite begin; -1: never."""
+    """Step at which the flags alone make the decay of WSD or infinite begin; -1 for never."""
     if args.lr_decay_style == "WSD":
         return (args.lr_decay_iters or args.train_iters) - _wsd_decay(args)
     if args.lr_decay_style == "infinite" and args.lr_annealing_start_iter is not None:
@@ -87,11 +87,11 @@ def configured_start(args: ScheduleArguments) -> int:
 
 
 def decay_start(args: ScheduleArguments, done: int, saved: Mapping[str, Any] | None) -> int:
-    """The step at which the decay of this run begins; -1: never.
+    """Step at which the decay of this run begins; -1 for never.
 
     Args:
-        done: Finished steps.
-        saved: What the checkpoint that the run resumes from says of its schedule; None for a run that begins at step 0.
+        done: Number of finished steps.
+        saved: Schedule of the checkpoint from which the run resumes; None for a run that begins at step 0.
 
     Raises:
         UsageError: the decay is to begin on resuming, and there is nothing to resume, or the warm-up is not over.
@@ -114,7 +114,7 @@ def decay_start(args: ScheduleArguments, done: int, saved: Mapping[str, Any] | N
 
 
 def tell_decay(args: ScheduleArguments, start: int) -> list[str]:
-    """A line for the user where the decay of this run was decided on resuming."""
+    """A line for the user if a flag makes the decay begin where the run resumes; else nothing."""
     flag = BEGINS.get(args.lr_decay_style)
     if flag is None or not getattr(args, flag):
         return []
@@ -126,18 +126,18 @@ def tell_decay(args: ScheduleArguments, start: int) -> list[str]:
 
 
 def begun(start: int, done: int) -> dict[str, int]:
-    """What a checkpoint of step ``done`` keeps of a decay that begins at ``start``: nothing that is still to come."""
+    """Entry of the schedule in a checkpoint of step ``done``: ``start``, or -1 if the decay begins only later."""
     return {DECAY_START: start if 0 <= start <= done else -1}
 
 
 def settings_of_run(args: ScheduleArguments, peak: float, lowest: float, start: int) -> dict[str, Any]:
-    """Settings of `make_schedule` for parameters of these highest and lowest learning rates.
+    """Settings of ``make_schedule`` for parameters with these highest and lowest learning rates.
 
     Args:
-        start: See `decay_start`.
+        start: Step at which the decay begins, from :func:`decay_start`.
 
     Raises:
-        UsageError: they do not fit each other.
+        UsageError: The settings do not fit each other.
     """
     known = schedule_parameters(args.lr_decay_style)
     settings = _settings(args, start) | {"floor": (lowest / peak) if peak else args.min_lr / args.lr}
@@ -199,7 +199,7 @@ def _cycle(args: ScheduleArguments) -> dict[str, Any]:
 
 
 def momentum_of_run(args: ScheduleArguments) -> Schedule | None:
-    """The function ``step -> momentum`` where the schedule moves it."""
+    """The function from step to momentum if the schedule moves the momentum; else None."""
     if args.lr_decay_style != "one-cycle" or not args.lr_one_cycle_momentum:
         return None
     ends = {"base_momentum": args.lr_one_cycle_base_momentum, "max_momentum": args.lr_one_cycle_max_momentum}
@@ -217,7 +217,7 @@ def make_scheduler(args: ScheduleArguments, optimizer: Optimizer, done: int, sta
     """The schedule of every parameter group after ``done`` steps; a group's ``min_lr``, from a rule, wins over the flag.
 
     Args:
-        start: See `decay_start`.
+        start: Step at which the decay begins, from :func:`decay_start`.
 
     Raises:
         UsageError: A group's lowest learning rate is above its highest, or it has no momentum to move.
@@ -231,8 +231,8 @@ def make_scheduler(args: ScheduleArguments, optimizer: Optimizer, done: int, sta
             raise UsageError("--param-override", f"min_lr:{lowest}", problem, hint=hint)
         if lowest > peak:
             problem = f"is above the lr {peak} of the same parameters"
-            given = f"min_lr:{lowest}"
-            raise UsageError("--param-override", given, problem, possible=f"0 to {peak}", hint="give both in one rule")
+            value = f"min_lr:{lowest}"
+            raise UsageError("--param-override", value, problem, possible=f"0 to {peak}", hint="give both in one rule")
         schedules.append(make_schedule(args.lr_decay_style, **settings_of_run(args, peak, lowest, start)))
     try:
         return ScheduleLR(optimizer, schedules, momentum=momentum_of_run(args), last_epoch=done - 1)

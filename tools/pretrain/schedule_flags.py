@@ -11,7 +11,7 @@ AT_LEAST_ONE = Range(at_least=1)
 
 @dataclass(frozen=True)
 class ScheduleArguments:
-    """All that is told about the schedule; names are Megatron's where Megatron has the flag."""
+    """Flags of the schedule; those that Megatron has too have Megatron's names."""
 
     train_iters: int = count(200, "steps of the whole run")
     lr: float = number(2e-3, "peak learning rate", POSITIVE, hint="write it like 3e-4 or 0.0003")
@@ -88,4 +88,4 @@ TAKEN: dict[str, tuple[str, ...]] = {
 """The flags that each style takes, besides ``--lr`` and ``--train-iters``."""
 
 MEGATRONS = ("min_lr", "lr_decay_iters", "lr_wsd_decay_iters", "lr_wsd_decay_style")
-"""Flags that Megatron takes with each of its own styles, whether they have a part in it or not."""
+"""Flags that Megatron accepts with each of its own styles, whether the style uses them or not."""

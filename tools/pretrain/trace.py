@@ -1,4 +1,4 @@
-"""What each rank does when, as a Chrome trace: open it in chrome://tracing or Perfetto, or draw it with tools.plot.timeline."""
+"""A Chrome trace of what each rank does: open it in chrome://tracing or Perfetto, or draw it with tools.plot.timeline."""
 
 import json
 import time
@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 
 PHASES, CHUNKS = 0, 1
-"""Rows of a rank ("threads"): what the job is at; forward and backward of the pipeline's micro-batches."""
+"""Rows of a rank ("threads"): the phases of the job; forward and backward of the pipeline's micro-batches."""
 
 
 class Trace:
-    """Spans of time on this rank, in the clock of its host.
+    """Spans of time on this rank, by the clock of its host.
 
     Args:
         process: Number of this rank.
-        stage: Its pipeline stage.
-        device: Work on it is waited for at both ends of a span, so tracing a GPU slows it down.
-        keep: Steps that are kept, the last ones.
+        stage: Pipeline stage of this rank.
+        device: Device that is synchronized at both ends of a span, so that tracing slows a GPU down.
+        keep: Number of steps to keep, the last ones.
     """
 
     def __init__(self, process: int, stage: int, device: torch.device, keep: int = 3) -> None:
@@ -30,7 +30,7 @@ class Trace:
         self._phase: tuple[str, int, int] | None = None
 
     def at(self, phase: str, step: int) -> None:
-        """What the job begins, until the next call; an empty ``phase`` only ends the last one."""
+        """Begin ``phase``, which lasts until the next call; an empty ``phase`` only ends the last one."""
         now = self._now()
         if self._phase is not None:
             name, begun, of_step = self._phase
@@ -40,7 +40,7 @@ class Trace:
         self._phase = (phase, now, step) if phase else None
 
     def follow(self, stages: Iterable[Any]) -> None:
-        """Trace forward and backward of each micro-batch of some ``PipelineStage``; mutates them."""
+        """Trace forward and backward of each micro-batch of these ``PipelineStage``; replaces their methods."""
         for stage in stages:
             for direction in ("forward", "backward"):
                 method = f"{direction}_one_chunk"
@@ -48,23 +48,23 @@ class Trace:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Trace what is done inside."""
+        """Trace the body as one span."""
         begun = self._now()
         yield
         self._add(name, begun, self._now(), CHUNKS, self._phase[2] if self._phase else 0)
 
     def write(self, path: Path) -> None:
-        """Write the spans of all ranks, which call this together; rank 0 writes.
+        """Write the spans of all ranks to ``path``. All ranks call it, and rank 0 writes.
 
         Raises:
             OSError: on rank 0, when ``path`` cannot be written.
         """
-        everybody: list[Any] = [self._events]
+        all_events: list[Any] = [self._events]
         if dist.is_initialized():
-            everybody = [None] * dist.get_world_size()
-            dist.all_gather_object(everybody, self._events)
+            all_events = [None] * dist.get_world_size()
+            dist.all_gather_object(all_events, self._events)
         if self._process == 0:
-            events = [event for events in everybody for event in events]
+            events = [event for events in all_events for event in events]
             path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

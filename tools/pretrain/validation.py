@@ -1,4 +1,4 @@
-"""Checks that need more than one flag, the launch, or the machine; all before a process group or a model exists."""
+"""Checks of the flags against each other, the launch and the machine, before a process group or a model exists."""
 
 import tempfile
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Plan:
     """What follows from the flags, the number of processes and the machine.
 
     Args:
-        data_parallel: Ranks that hold the same shard.
-        micro_batches: Micro-batches a step on each rank.
+        data_parallel: Number of ranks that hold the same shard.
+        micro_batches: Number of micro-batches of a step on each rank.
         schedule: Order of the pipeline's work.
         backend: ``gloo`` or ``nccl``.
     """
@@ -30,7 +30,7 @@ class Plan:
 
     @property
     def device_type(self) -> str:
-        """Where parameters live."""
+        """Type of the device that holds the parameters."""
         return "cuda" if self.backend == "nccl" else "cpu"
 
 
@@ -38,7 +38,7 @@ def validate(args: Arguments, launch: Launch, machine: Machine) -> Plan:
     """Check the flags against each other, the launch and the machine; makes the directories that rank 0 writes to.
 
     Raises:
-        UsageError: For the first thing that does not fit.
+        UsageError: Two flags, or a flag and the launch or the machine, do not fit; names the first such flag.
     """
     backend = _check_machine(args, launch, machine)
     check_schedule(args)
@@ -76,7 +76,7 @@ def gpt_config(args: Arguments, vocab_size: int) -> GPTConfig:
 
 
 def check_device(device_type: str, backend: str) -> None:
-    """Raises UsageError where tensors on ``device_type`` (``cuda``, ``cpu``) cannot go through ``backend``."""
+    """Raise UsageError if tensors on ``device_type`` (``cuda``, ``cpu``) cannot go through ``backend``."""
     flag = "--distributed-backend"
     if (device_type, backend) == ("cuda", "gloo"):
         raise UsageError(flag, backend, "the model is on a GPU", possible="nccl", hint="or keep the model on the CPU")
@@ -144,10 +144,10 @@ def _check_faults(args: Arguments) -> None:
     if not args.overlap_optimizer_with_backward:
         return
     flag = "--overlap-optimizer-with-backward"
-    given = {"on_non_finite": args.on_non_finite == "skip"} | {
+    conflicts = {"on_non_finite": args.on_non_finite == "skip"} | {
         name: getattr(args, name) > 0 for name in ("skip_loss_spike", "skip_grad_norm_spike")
     }
-    for name in (name for name, is_given in given.items() if is_given):
+    for name in (name for name, conflicting in conflicts.items() if conflicting):
         problem = f"weights change before {flag_of(name)} could leave the step out"
         raise UsageError(flag, None, problem, possible="--on-non-finite error", hint="leave one of the two out")
 

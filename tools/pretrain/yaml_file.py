@@ -1,4 +1,4 @@
-"""Read a flat YAML file of flags; every way in which it can be broken is one line that names the file and the line."""
+"""Reads a flat YAML file of flags; every error is one line that names the file and, where known, the line."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from ..usage import UsageError
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence."""
+    """A loader that refuses a key that occurs twice; PyYAML alone silently keeps the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -24,10 +24,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in `path`; an empty file is an empty mapping.
+    """The mapping in ``path``; an empty file is an empty mapping.
 
     Raises:
-        UsageError: no such file, not text, not YAML, a key twice, or not a mapping with text keys.
+        UsageError: The file does not exist, is not text or not YAML, has a key twice, or is not a mapping with text keys.
     """
     try:
         text = path.read_text(encoding="utf-8")

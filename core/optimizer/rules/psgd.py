@@ -141,13 +141,10 @@ class WhiteKron(WholeStep):
         specs = {"step": STEP_COUNT, "momentum": WholeState(shape)}
         for k, region in enumerate(self._regions(shape)):
             for side, size in zip("lr", region.block, strict=True):
-                n, dtype = region.blocks, self.precond_dtype
-                diagonal = size > self.max_size_dense
-                specs[f"Q{side}{k}"] = (
-                    WholeState((n, size), 1.0, dtype=dtype)
-                    if diagonal
-                    else WholeState((n, size, size), "eye", dtype=dtype)
-                )
+                n, diagonal = region.blocks, size > self.max_size_dense
+                first: float | Literal["eye"] = 1.0 if diagonal else "eye"
+                dims = (n, size) if diagonal else (n, size, size)
+                specs[f"Q{side}{k}"] = WholeState(dims, first, dtype=self.precond_dtype)
                 specs[f"L{side}{k}"] = WholeState((n,))
         return specs
 

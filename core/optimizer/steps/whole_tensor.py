@@ -18,7 +18,7 @@ from ...sharding.dealing import deal_to_least
 from ...sharding.layout import Layout, Split
 from ...sharding.parameter_layout import layout_of, local, local_gradient
 from ...sharding.requests import Rule
-from ...sharding.state import StateStorage, sizes
+from ...sharding.state import StateTensor, sizes
 from ...sharding.tp_modes import Deferred, work_at
 from .argument_checks import choice
 from .base import ShardedStep, check_gradients
@@ -28,8 +28,8 @@ WholeMode = tp_modes.WholeMode
 
 
 @dataclass(frozen=True)
-class WholeState(StateStorage):
-    """One state tensor of one whole tensor, declared by its shape; storage as in :class:`StateStorage`.
+class WholeState(StateTensor):
+    """One state tensor of one whole tensor, declared by its shape; storage as in :class:`StateTensor`.
 
     Attributes:
         shape: Shape of the state tensor; () is kept as (1,).
