@@ -49,6 +49,14 @@ def test_ranges_are_stepped_as_parameters_are(tmp_path):
     assert found["32 bits flat"]["losses"][-1] < found["32 bits flat"]["losses"][0]
 
 
+@pytest.mark.timeout(250)
+def test_ranges_begin_anew_when_a_trainer_clears_their_state(tmp_path):
+    again = FlatCase(ADAMW, clip=0, on=True, resets=True)
+    found = run(tmp_path, {**pairs({"reset": again}), "kept": FlatCase(ADAMW, clip=0, on=True, like="reset")}, 2)
+    assert found["reset flat"]["unlike"] < 1e-6
+    assert found["kept"]["unlike"] > 1e-3, "the state that is cleared makes a difference"
+
+
 ELEMENTWISE = {
     "shardstep_adam": {"adam_mu_dtype": "bfloat16"},
     "shardstep_adamw_sr": {"adamw_sr_bf16_stochastic_round": True},

@@ -273,5 +273,5 @@ class TestChain:
 
     def test_a_foreign_group_is_refused(self):
         _, chain = self.make()
-        with pytest.raises(ValueError, match="get_optimizer"):
+        with pytest.raises(ValueError, match="several optimizers; say which one is to step them"):
             chain.add_param_group({"params": [nn.Parameter(torch.ones(2))]})

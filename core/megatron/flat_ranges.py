@@ -54,6 +54,7 @@ class FlatOptimizer(DistributedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Settings of the groups, and the count of steps in each, where Megatron-Core's own Adam has it too."""
+        self.optimizer.take_state()
         steps = {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
         assert len(steps) <= 1, "every piece has a gradient in every step"
         kept = {"step": max(steps)} if steps else {}
@@ -81,6 +82,7 @@ class FlatOptimizer(DistributedOptimizer):
                     self.optimizer.state[p]["step"] = torch.full_like(held, step)
 
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
+        self.optimizer.take_state()  # somebody may have cleared it
         group, place = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][place]
         return {"param": main, **{name: self.optimizer.state[main][name] for name in self.optimizer_state_keys}}

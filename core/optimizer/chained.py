@@ -1,6 +1,6 @@
 """Several optimizers, each with its own parameters, as one ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,10 @@ from .. import engine
 from ..process_groups_config import ProcessGroupCollection
 from ..sharding.parameter_layout import layout_of
 from .clip import clip_grad_norm_, clip_grad_value_
-from .steps.base import ShardedStep, forget_gone, load_state
+from .shared_groups import SharedGroups, common_defaults
+from .steps.base import ShardedStep
+from .steps.bookkeeping import apply, load_state, make_ready, pending, without_gone
+from .steps.global_clip import GlobalClip
 from .steps.global_norm import Entry
 
 
@@ -38,22 +41,43 @@ class Assignment:
 class ChainedOptimizer(Optimizer):
     """Several optimizers that schedulers and checkpoints see as one; their rules run together and share collectives.
 
-    Parameter groups and state are those of the members, not copies.
+    Parameter groups and state are those of the members, not copies. They may be replaced and changed as those of any torch
+    optimizer; the members follow (:class:`.shared_groups.SharedGroups`). ``defaults`` has the settings that all members have,
+    with the values of the first; if some members call it ``momentum`` and the others have ``betas``, it has ``momentum``, and a
+    schedule that sets that in every group sets the first of the ``betas``.
 
     Args:
         optimizers: Registered name → member. No parameter may belong to two members.
         pg_collection: Process groups of the model.
+        bystanders: Name and parameter of all parameters of this rank, also frozen ones, by which a member without parameters
+            here knows the ranks that its norms over the model are summed over.
     """
 
-    def __init__(self, optimizers: dict[str, Optimizer], pg_collection: ProcessGroupCollection) -> None:
-        self.members = optimizers
+    def __init__(
+        self,
+        optimizers: dict[str, Optimizer],
+        pg_collection: ProcessGroupCollection,
+        bystanders: Sequence[tuple[str, Tensor]] = (),
+    ) -> None:
         self.pg_collection = pg_collection
-        self._entries: tuple[tuple[int, ...], list[Entry]] = ((), [])
+        self._entries: tuple[Any, list[Entry]] = ((), [])
+        self._shared: SharedGroups | None = None
         groups = [group for member in optimizers.values() for group in member.param_groups]
         super().__init__(groups, {})
+        self.defaults = common_defaults(optimizers.values())
         for member in optimizers.values():
             self.state.update(member.state)
-        self._share()
+        self._shared = SharedGroups(self, optimizers)
+        # Kept only where they are needed: whoever exchanges the parameters of a model wants their memory back.
+        self._bystanders = [] if any(group["params"] for group in groups) else list(bystanders)
+        for member in optimizers.values():
+            if isinstance(member, GlobalClip) and not any(group["params"] for group in member.param_groups):
+                member.bystanders = self._entries_of(bystanders)
+
+    @property
+    def members(self) -> dict[str, Optimizer]:
+        """Registered name → member, with the groups and the state that this chain has now."""
+        return self._follow()
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
@@ -67,7 +91,6 @@ class ChainedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        forget_gone(self)
         finish_step(self.optimizers, engine.Run())
         return loss
 
@@ -93,16 +116,21 @@ class ChainedOptimizer(Optimizer):
         clip_grad_value_(self.entries(), max_value)
 
     def entries(self) -> list[Entry]:
-        """Name, parameter and layout of every parameter of this rank."""
+        """Name, parameter and layout of every parameter of this rank; of frozen ones, if there are no others."""
+        self._follow()
         named = [
             (name, p)
             for group in self.param_groups
             for name, p in zip(group.get("param_names", ["?"] * len(group["params"])), group["params"], strict=True)
         ]
-        key = tuple(id(p) for _, p in named)
+        named = named or self._bystanders
+        key = tuple((id(p), p.shape) for _, p in named)
         if key != self._entries[0]:
-            self._entries = key, [(name, p, layout_of(p, self.pg_collection, name=name)) for name, p in named]
+            self._entries = key, self._entries_of(named)
         return self._entries[1]
+
+    def _entries_of(self, named: Iterable[tuple[str, Tensor]]) -> list[Entry]:
+        return [(name, p, layout_of(p, self.pg_collection, name=name)) for name, p in named]
 
     def assignments(self) -> list[Assignment]:
         """What happens to each parameter of this rank, for tables."""
@@ -115,52 +143,41 @@ class ChainedOptimizer(Optimizer):
         ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of one of the members, while the chain is being built.
+        """Add a group to the member that its entry ``optimizer`` names, which a chain of one member does not need.
+
+        The member completes and checks the group, and makes state for its parameters.
 
         Raises:
-            ValueError: for any other group, because a new parameter must be given to one of the members.
+            ValueError: when the group does not say which of several members is to step it, or the member refuses it.
         """
-        if not any(param_group is group for member in self.members.values() for group in member.param_groups):
-            raise ValueError(
-                "a chained optimizer cannot take a parameter group of its own; build it anew with get_optimizer."
-            )
-        super().add_param_group(param_group)
+        if self._shared is None:  # a member's own group, while the chain is being built
+            super().add_param_group(param_group)
+        else:
+            self._shared.add(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`ShardedStep.state_dict`, of all members."""
-        for member in self.optimizers:
-            if isinstance(member, ShardedStep):
-                for group in member.param_groups:
-                    member._init_group(group)
-        forget_gone(self)
-        return super().state_dict()
+        apply(pending(self.optimizers))
+        with without_gone(self):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As :meth:`ShardedStep.load_state_dict`, for all members."""
-
-        def take() -> None:
-            for member in self.optimizers:
-                if isinstance(member, ShardedStep):
-                    member.take_state()
-
-        load_state(self, state_dict, super().load_state_dict, take)
+        load_state(self, state_dict, super().load_state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in torch, and let the members share the new state."""
         super().__setstate__(state)
-        self._share()
+        self._follow()
 
-    def _share(self) -> None:
-        at = 0
-        for member in self.members.values():
-            count = len(member.param_groups)
-            member.param_groups = self.param_groups[at : at + count]
-            member.state = self.state
-            at += count
+    def _follow(self) -> dict[str, Optimizer]:
+        assert self._shared is not None
+        return self._shared.followed()
 
 
 def finish_step(members: Sequence[Any], run: engine.Run) -> None:
     """Finish a step that ``run`` may have begun: the rules of this package's members together, then the other members."""
+    make_ready(members)
     run.finish(update for member in members if isinstance(member, ShardedStep) for update in member.updates())
     for member in members:
         if not isinstance(member, ShardedStep):

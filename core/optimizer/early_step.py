@@ -13,6 +13,7 @@ from ..sharding.parameter_layout import check_gradient, local_gradient
 from .chained import ChainedOptimizer, finish_step
 from .members import members_of
 from .steps.base import ShardedStep
+from .steps.bookkeeping import make_ready, pending
 from .steps.global_norm import clip_factor
 
 
@@ -55,13 +56,15 @@ class EarlyStep:
                 f"backward changes parameters before all gradients are there; pass clip_grad=0, or the norm if it is known, "
                 f"or call optimizer.step() after backward."
             )
-        self._members: list[Any] = list(members_of(optimizer))
+        self._optimizer = optimizer
         self._reduce = reduce
         known = None if norm is None else torch.tensor(norm, dtype=torch.float64)
         self._factor = 1.0 if known is None or not clip_grad else float(clip_factor(known, clip_grad))
 
     def __enter__(self) -> Self:
         """Register hooks on the gradients."""
+        self._members: list[Any] = list(members_of(self._optimizer))
+        make_ready(self._members)
         queue = [item for member in self._members if isinstance(member, ShardedStep) for item in member.travelling()]
         # The order in which backward finishes their gradients; it is equal on all ranks.
         self._queue = deque(sorted(queue, key=lambda item: -item.position))
@@ -79,9 +82,17 @@ class EarlyStep:
             hook.remove()
         if error is None:
             with torch.no_grad():
+                self._check_unchanged()
                 finish_step(self._members, self._run)
         elif self._run.begun:
             error.add_note("an early step had begun: some parameters may have taken it. Load the last checkpoint.")
+
+    def _check_unchanged(self) -> None:
+        if self._run.begun and (list(members_of(self._optimizer)) != self._members or pending(self._members)):
+            raise RuntimeError(
+                "the groups or the state of the optimizer were replaced during the backward of an early step, which had begun: "
+                "some parameters have taken it. Load the last checkpoint, and change the optimizer outside of the context."
+            )
 
     @torch.no_grad()
     def _ready(self, p: Tensor) -> None:

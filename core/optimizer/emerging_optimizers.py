@@ -32,7 +32,7 @@ from .registry import (
     needs_l2,
     register_optimizer,
 )
-from .routing import Mask, Overrides, check_settings, param_groups, route
+from .routing import Mask, Overrides, check_settings, named_parameters, param_groups, route
 from .rules.adaptive_muon import TensorParallelAdaptiveMuon
 from .rules.tensor_parallel_muon import TensorParallelMuon
 from .steps.weight_decay import METHOD
@@ -110,7 +110,8 @@ def get_optimizer(
             ``"!*.bias"`` excludes; None: those that are not 1-D. Overrides that set ``wd_mult`` win over it.
 
     Raises:
-        ValueError: for an unknown name, a missing learning rate, or overrides that contradict each other or match nothing.
+        ValueError: for an unknown name, a missing learning rate, a model without trainable parameters, or overrides that
+            contradict each other or match nothing.
     """
     if config.lr is None:
         raise ValueError("config.lr is None; give the learning rate.")
@@ -125,28 +126,19 @@ def get_optimizer(
     members: dict[str, Optimizer] = {}
     stages = groups.domain((groups.axis("pp"),)).gather(list(dict.fromkeys(r.optimizer for r in routed)))
     # All stages use one order, because a norm over the whole model is a collective of its own.
-    on_this_stage = {r.optimizer for r in routed}
-    for name in (name for name in dict.fromkeys(name for stage in stages for name in stage) if name in on_this_stage):
+    for name in dict.fromkeys(name for stage in stages for name in stage):
         member_groups = param_groups([r for r in routed if r.optimizer == name])
+        # A stage with no parameter for an optimizer of other stages takes part in its collectives.
+        member_groups = member_groups or [{"params": [], "param_names": [], "lr": config.lr}]
         if needs_l2(name, config):
             member_groups = [{METHOD: "l2", **group} for group in member_groups]
         optimizer, init_state = _create_emerging_optimizer(config, member_groups, name, model_chunks, groups)
         check_settings(name, optimizer)
         init_state(optimizer, config)
         members[name] = optimizer
-    _check_global_clips(members, stages, groups)
-    return ChainedOptimizer(members, groups)
-
-
-def _check_global_clips(
-    members: dict[str, Optimizer], stages: Sequence[Sequence[str]], groups: ProcessGroupCollection
-) -> None:
-    """Raise ValueError on all stages if an optimizer clips by a norm over the whole model and is missing on one stage."""
-    local_names = [name for name, member in members.items() if getattr(member, "max_norm", None) is not None]
-    for clipping in groups.domain((groups.axis("pp"),)).gather(local_names):
-        for name in clipping:
-            if missing := [i for i, stage in enumerate(stages) if name not in stage]:
-                raise ValueError(
-                    f"{name} clips by a norm over the whole model, but pipeline stages {missing} have no parameter for it and "
-                    f"would not take part; give every stage one, or turn its clipping off ({name}_max_grad_norm=0)."
-                )
+    if not members:
+        raise ValueError(
+            "no parameter of the model, on any pipeline stage, requires a gradient; call requires_grad_(True) on those that are "
+            "to be trained, before the optimizer is built."
+        )
+    return ChainedOptimizer(members, groups, bystanders=named_parameters(model_chunks))

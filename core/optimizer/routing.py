@@ -28,7 +28,7 @@ class Routed:
         name: Global name of the parameter.
         param: The parameter.
         optimizer: Name of its optimizer.
-        settings: Settings of its parameter group besides the optimizer's own defaults.
+        settings: Settings of its parameter group besides the optimizer's own defaults; ``lr`` before ``lr_mult``.
     """
 
     name: str
@@ -56,7 +56,7 @@ def route(
         ValueError: when two overrides disagree, when an override or a pattern of ``mask`` matches no parameter of any pipeline
             stage, or when names collide.
     """
-    named = _named_parameters(model_chunks)
+    named = {name: param for name, param in named_parameters(model_chunks) if param.requires_grad}
     masked, patterns = ({}, []) if mask is None else mask_overrides(mask)
     _check_matches(named, [*overrides, *patterns], groups)
     routed = []
@@ -74,7 +74,11 @@ def param_groups(routed: Sequence[Routed]) -> list[dict[str, Any]]:
     by_settings: dict[tuple[tuple[str, Any], ...], list[tuple[str, nn.Parameter]]] = {}
     for r in routed:
         by_settings.setdefault(r.settings, []).append((r.name, r.param))
-    return [{"params": params, **dict(settings)} for settings, params in by_settings.items()]
+    groups = [{"params": params, **dict(settings)} for settings, params in by_settings.items()]
+    for group in groups:
+        if group.get("lr_mult", 1.0) != 1.0:
+            group["lr"] = group["lr"] * group["lr_mult"]
+    return groups
 
 
 def mask_overrides(mask: Mask) -> tuple[dict[ParamKey, dict[str, float]], list[ParamKey]]:
@@ -109,7 +113,12 @@ def check_settings(name: str, optimizer: Optimizer) -> None:
                 raise ValueError(f"{group['param_names'][0]}: {unknown(f'setting of {name}', setting, possible)}")
 
 
-def _named_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+def named_parameters(model_chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of every parameter of this rank, each once, frozen ones too.
+
+    Raises:
+        ValueError: when two chunks have different parameters of one name.
+    """
     named: dict[str, nn.Parameter] = {}
     for chunk in model_chunks:
         for name, param in chunk.named_parameters():
@@ -119,8 +128,8 @@ def _named_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Paramet
                     f"numbered from 0 in every chunk), or checkpoints would mix them up."
                 )
     # A weight that two chunks share keeps its first name.
-    once = {id(param): (name, param) for name, param in reversed(named.items()) if param.requires_grad}
-    return dict(reversed(once.values()))
+    once = {id(param): (name, param) for name, param in reversed(named.items())}
+    return list(reversed(once.values()))
 
 
 def _by_patterns(patterns: tuple[str, ...]) -> Callable[[str, nn.Parameter], bool]:
@@ -171,5 +180,4 @@ def _group_settings(config: OptimizerConfig, settings: dict[str, Any]) -> tuple[
     if config.weight_decay_method is not None:
         settings.setdefault(METHOD, config.weight_decay_method)
     decay = settings.pop("weight_decay", config.weight_decay) * settings.get("wd_mult", 1.0)
-    lr = settings.pop("lr", config.lr) * settings.get("lr_mult", 1.0)
-    return tuple(sorted({**settings, "weight_decay": decay, "lr": lr}.items()))
+    return tuple(sorted({"lr": config.lr, **settings, "weight_decay": decay}.items()))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..sharding.parameter_layout import local
 from .chained import ChainedOptimizer
+from .steps.bookkeeping import make_ready
 from .steps.global_clip import GlobalClip
 
 
@@ -49,6 +50,7 @@ class SpeculativeStep:
     @torch.no_grad()
     def step(self) -> None:
         """Take the step; mutates parameters and state."""
+        make_ready(self._optimizer.optimizers)  # the state that is copied is the state that the step changes
         tensors = list(self._tensors())
         if [_kind(x) for x in self._copies] != [_kind(x) for x in tensors]:
             self._copies = [torch.empty_like(x) for x in tensors]

@@ -81,9 +81,14 @@ class StateSpec(StateTensor):
         """A stack of ``count`` fresh state tensors, (count, *shard), for parameters of ``dtype``."""
         shape = self.layout(parameter).local_shape
         dtype, device = self.dtype_for(dtype), self.device_for(device)
+        fresh = torch.zeros(count, *shape, dtype=dtype, device=device)
+        return self.reset_(fresh) if self.init == "eye" else fresh
+
+    def reset_(self, state: Tensor) -> Tensor:
+        """Put the values before the first step into ``state`` (..., *shard), in place; returns it."""
         if self.init == "eye":
-            return torch.eye(shape[-1], dtype=dtype, device=device).expand(count, *shape).clone()
-        return torch.zeros(count, *shape, dtype=dtype, device=device)
+            return state.copy_(torch.eye(state.shape[-1], dtype=state.dtype, device=state.device))
+        return state.zero_()
 
 
 def sizes(layout: Layout, dtype: torch.dtype) -> tuple[int, int]:

@@ -33,6 +33,7 @@ class FlatCase(Case):
         settings: Of the optimizer.
         sharding: Form of the checkpoint.
         on: Train for as many steps once more.
+        resets: Clear the state of the optimizers before that.
         like: The case whose weights these are compared with.
     """
 
@@ -40,6 +41,7 @@ class FlatCase(Case):
     settings: dict[str, Any] = field(default_factory=dict)
     sharding: str = "fully_reshardable"
     on: bool = False
+    resets: bool = False
     like: str = ""
 
 
@@ -110,6 +112,9 @@ def outcome(case: FlatCase, folder: Path, weights: dict[str, list[Tensor]], name
     found: dict[str, Any] = {"name": name, "losses": job.train()}
     if case.saves:
         job.save()
+    if case.resets:
+        for member in job.optimizer.chained_optimizers:
+            member.optimizer.state.clear()
     if case.on:
         job.case = replace(case, loads="itself")
         found["losses on"] = job.train()

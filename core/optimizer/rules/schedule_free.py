@@ -1,13 +1,12 @@
 """Schedule-free optimizers: gradients are taken at an interpolation of the iterates and their average."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ...engine import Work
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.parameter_layout import local
 from ...sharding.state import StateSpec
@@ -72,21 +71,20 @@ class ScheduleFree(ElementwiseStep):
         torch._foreach_add_(params, steps, alpha=rate * (beta * (1 - c) - 1))
         torch._foreach_sub_(z, steps, alpha=rate)
 
-    def updates(self) -> Iterator[Work]:
+    def check_step(self) -> None:
         """As in the base class.
 
         Raises:
-            RuntimeError: in evaluation mode, before anything is changed.
+            RuntimeError: in evaluation mode.
         """
+        super().check_step()
         for group in self.param_groups:
-            self._init_group(group)
             for p in group["params"]:
-                if p.grad is not None and self.state[p]["evaluating"]:
+                if p.grad is not None and self.state.get(p, {}).get("evaluating"):
                     raise RuntimeError(
                         f"{self._name(p)} holds the averaged weights: the optimizer is in evaluation mode, or was when its "
                         f"checkpoint was saved. Call its train() before the forward pass of a training step."
                     )
-        yield from super().updates()
 
     @torch.no_grad()
     def train(self) -> None:
@@ -99,8 +97,8 @@ class ScheduleFree(ElementwiseStep):
         self._interpolate(evaluating=True)
 
     def _interpolate(self, *, evaluating: bool) -> None:
+        self.take_state()
         for group in self.param_groups:
-            self._init_group(group)
             beta = self.beta(group)
             weight = 1 - 1 / beta if evaluating else 1 - beta
             for p in group["params"]:

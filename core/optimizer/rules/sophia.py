@@ -127,8 +127,7 @@ class Sophia(ElementwiseStep):
         Raises:
             ValueError: for arguments that do not go together, wrong shapes, and parameters that ``hvp`` cannot serve.
         """
-        for group in self.param_groups:
-            self._init_group(group)
+        self.take_state()
         params = [p for group in self.param_groups for p in group["params"]]
         if self.estimator == "gnb":
             others = closure is not None or probes is not None or products is not None
@@ -166,9 +165,9 @@ class Sophia(ElementwiseStep):
 
     def probes(self) -> list[Tensor]:
         """Random signs u of the next estimate, for each parameter in the order of the groups and laid out like it."""
+        self.take_state()
         probes = []
         for group in self.param_groups:
-            self._init_group(group)
             for p in group["params"]:
                 lay, shard = self.layout(p), local(p)
                 key = Key(self.seed, self._key(p), int(self.state[p]["hessian_step"]), "sophia")

@@ -1,6 +1,6 @@
 """Common base of all optimizers of this package; a step runs the rules of its parameters through the engine."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -13,7 +13,17 @@ from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import check_gradient, layout_of
 from ...sharding.state import StateSpec, sizes
-from ..members import members_of
+from .bookkeeping import (
+    StateChange,
+    apply,
+    check_settings,
+    fingerprint,
+    keep_names,
+    load_state,
+    make_ready,
+    pending,
+    without_gone,
+)
 from .constructor_settings import constructor_arguments
 from .weight_decay import METHOD, check_method
 
@@ -23,46 +33,6 @@ def check_gradients(param_groups: list[dict[str, Any]]) -> None:
     for group in param_groups:
         for p in group["params"]:
             check_gradient(p)
-
-
-def forget_gone(optimizer: Any) -> None:
-    """Drop the state of parameters that are in no group any longer, as when accelerate shards a model after building this."""
-    kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for p in [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in kept]:
-        del optimizer.state[p]
-
-
-def load_state(
-    optimizer: Any, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], take: Callable[[], None]
-) -> None:
-    """Load ``state_dict`` into ``optimizer``; on an error, restore the state and groups from before.
-
-    Args:
-        optimizer: An optimizer, or a chain of them.
-        state_dict: State dict of such an optimizer.
-        load: torch's own ``load_state_dict``.
-        take: Checks and copies the loaded state; called last.
-    """
-    before = optimizer.state, optimizer.param_groups
-    try:
-        load(state_dict)
-        # torch has cast the state to the parameter's dtype and device, which rounds it and moves host state to the device.
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                kept = before[0].get(p, {}).get(name)
-                if isinstance(kept, Tensor) and isinstance(value, Tensor | int | float):
-                    optimizer.state[p][name] = torch.as_tensor(value).to(kept.device, kept.dtype)
-        # An optimizer of an older version may have saved groups without some of the settings.
-        for member in members_of(optimizer):
-            for group in member.param_groups:
-                for name, value in member.defaults.items():
-                    group.setdefault(name, value)
-        take()
-    except Exception:
-        optimizer.__setstate__({"state": before[0], "param_groups": before[1]})
-        raise
 
 
 class Travelling(NamedTuple):
@@ -94,7 +64,8 @@ class ShardedStep(Optimizer):
       An example is SOAP, whose ``update_whole_`` knows nothing of shards.
 
     State exists from construction on for every parameter, with or without a gradient, so that a checkpoint always has the
-    same keys. Parameters without a gradient in a step are left alone, and so is their state.
+    same keys. Parameters without a gradient in a step are left alone, and so is their state. Between two steps, state and
+    groups may be replaced as in torch: a parameter whose state is gone begins anew, and a part of a state is refused.
 
     Args:
         params: Parameters or parameter groups, any shapes, DTensors or plain tensors with Megatron's attributes.
@@ -110,6 +81,8 @@ class ShardedStep(Optimizer):
     modes: tuple[str, ...] = ()
     """Tensor-parallel modes that are exact, for a class that takes ``tp_mode``."""
 
+    has_stepped = False
+    """Whether a step was taken. Before the first one, parameters that are replaced by others leave no state behind."""
     _ready = False
 
     def __init__(
@@ -126,6 +99,7 @@ class ShardedStep(Optimizer):
             ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
         )
         self._names = WeakTensorKeyDictionary()
+        self._seen: tuple[Any, list[Tensor]] = ((), [])
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
         """Declarations, by name, of the state that each parameter of ``layout`` in ``group`` keeps between steps."""
@@ -166,7 +140,7 @@ class ShardedStep(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        forget_gone(self)
+        make_ready((self,))
         engine.run(self.updates())
         return loss
 
@@ -178,27 +152,69 @@ class ShardedStep(Optimizer):
         """Matrices that may be sent to their owners during backward; :meth:`updates` then leaves out those already sent."""
         return iter(())
 
-    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
-        """Make the missing state of the parameters of ``group`` and adopt state that was loaded or put into ``self.state``.
+    def check_step(self) -> None:
+        """Raise, before anything is changed, when no step can be taken: for gradients that no rule can use."""
+        check_gradients(self.param_groups)
 
-        ``skip_non_grad_params`` has no effect; Megatron passes it. State exists for every parameter from the start.
+    def check_groups(self) -> None:
+        """Notice parameters and groups that were replaced, and let names follow them.
+
+        Raises:
+            ValueError: for a group that lacks a setting.
+        """
+        check_settings(self)
+        seen = fingerprint(self.param_groups)
+        if seen == self._seen[0]:
+            return
+        keep_names(self.param_groups, self._names)
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self.has_stepped:
+            # As when accelerate shards a model after this was built; later, they may come back, as in torch.
+            kept = set(map(id, params))
+            for p in self._seen[1]:
+                if id(p) not in kept:
+                    self.state.pop(p, None)
+        self._seen = seen, params
+
+    def state_changes(self, group: dict[str, Any]) -> Iterable[StateChange]:
+        """What must be done so that each parameter of ``group`` has its state; changes nothing itself.
+
+        State that is missing is made. State that was loaded, or put into ``self.state``, is taken over.
+
+        Raises:
+            ValueError: for state that does not fit.
         """
         raise NotImplementedError
 
+    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
+        """Make the :meth:`state_changes` of ``group``.
+
+        ``skip_non_grad_params`` has no effect; Megatron passes it. State exists for every parameter from the start.
+        """
+        apply(list(self.state_changes(group)))
+
+    def take_state(self) -> None:
+        """Make missing state, and take over state that was put into ``self.state`` from outside.
+
+        Raises:
+            ValueError: before anything is changed, for groups or state that do not fit.
+        """
+        apply(pending((self,)))
+        self._ready = True
+
     def state_dict(self) -> dict[str, Any]:
         """As in torch, for the parameters that the groups have now."""
-        for group in self.param_groups:
-            self._init_group(group)
-        forget_gone(self)
-        return super().state_dict()
+        self.take_state()
+        with without_gone(self):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state tensors keep their dtype and are copied; when the new state does not fit, nothing changes.
 
         Raises:
-            ValueError: when a state tensor has another shape than this optimizer keeps.
+            ValueError: when the state of a parameter lacks a part, or a part has another shape than this optimizer keeps.
         """
-        load_state(self, state_dict, super().load_state_dict, self.take_state)
+        load_state(self, state_dict, super().load_state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, and makes the state of the new parameters; parameters that the rule cannot serve are refused.
@@ -245,12 +261,6 @@ class ShardedStep(Optimizer):
             )
         self.layout(p)
 
-    def take_state(self) -> None:
-        """Make the missing state, and copy tensors that were put into ``self.state`` from outside."""
-        for group in self.param_groups:
-            self._init_group(group)
-        self._ready = True
-
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse copies and pickles, because process groups and views of shared memory cannot be copied."""
         raise TypeError(
@@ -261,7 +271,8 @@ class ShardedStep(Optimizer):
     def _name(self, p: Tensor) -> str:
         if p not in self._names:
             for group in self.param_groups:
-                self._names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+                for known, name in zip(group["params"], group.get("param_names", ()), strict=False):
+                    self._names.setdefault(known, name)
             self._names.setdefault(p, f"parameter of shape {tuple(p.shape)}")
         return str(self._names[p])
 

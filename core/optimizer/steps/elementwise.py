@@ -1,6 +1,7 @@
 """Base of optimizers whose update of an entry depends on that entry alone: no communication, any cut of the parameters."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local, local_gradient
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from .base import ShardedStep, check_gradients
+from .base import ShardedStep
+from .bookkeeping import StateChange, as_tensor, refuse_part
 from .state_views import as_state
 from .weight_decay import decay_first_
 
@@ -73,9 +75,7 @@ class ElementwiseStep(ShardedStep):
 
     def updates(self) -> Iterator[Work]:
         """One rule per group, dtype and device."""
-        check_gradients(self.param_groups)
         for group in self.param_groups:
-            self._init_group(group)
             alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
@@ -83,37 +83,48 @@ class ElementwiseStep(ShardedStep):
             for params in alike.values():
                 yield Work(self._name(params[0]), self._update(params, group))
 
-    @torch.no_grad()
-    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
-        specs = self.specs(group)
-        for p in group["params"]:
-            state = self.state[p]
-            shard = local(p)
-            layout = None
-            for name, spec in specs.items():
-                present = state.get(name)
-                if present is None:
-                    layout = layout or self.layout(p)
-                    fresh = spec.allocate(layout, 1, dtype=shard.dtype, device=shard.device)[0]
-                    state[name] = as_state(fresh, p, spec, layout) if spec.dims == "*" else fresh
-                    continue
-                state_shard = local(present)
-                if spec.dims == "*" and state_shard.shape != shard.shape:
-                    raise ValueError(
-                        f"{self._name(p)}: state {name!r} has shape {tuple(state_shard.shape)} but the shard here has "
-                        f"{tuple(shard.shape)}; load a state of the same layout, or reshard it first."
-                    )
-                # torch's load_state_dict casts and moves state to the parameter's dtype and device.
-                dtype, device = spec.dtype_for(shard.dtype), spec.device_for(shard.device)
-                if state_shard.dtype != dtype or state_shard.device != device or not state_shard.is_contiguous():
-                    state[name] = present.to(device=device, dtype=dtype).contiguous()
-
-    def take_state(self) -> None:
+    def state_changes(self, group: dict[str, Any]) -> Iterator[StateChange]:
         """As in the base class."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p].update({k: v.clone() for k, v in self.state[p].items() if isinstance(v, Tensor)})
-        super().take_state()
+        specs = self.specs(group)
+        slots = list(specs)
+        for p in group["params"]:
+            held = self.state.get(p, {})
+            if not all(slot in held for slot in slots):
+                refuse_part(self._name(p), held, slots)
+                yield partial(self._make_state, p, specs)
+                continue
+            for slot, spec in specs.items():
+                taken = self._fitting(p, slot, held[slot], spec)
+                if taken is not held[slot]:
+                    yield partial(held.__setitem__, slot, taken)
+
+    def _make_state(self, p: Tensor, specs: Mapping[str, StateSpec]) -> None:
+        shard, layout = local(p), self.layout(p)
+        state = self.state.setdefault(p, {})
+        for slot, spec in specs.items():
+            fresh = spec.allocate(layout, 1, dtype=shard.dtype, device=shard.device)[0]
+            state[slot] = as_state(fresh, p, spec, layout) if spec.dims == "*" else fresh
+
+    def _fitting(self, p: Tensor, slot: str, value: Any, spec: StateSpec) -> Tensor:
+        """``value`` as the state that ``spec`` declares: itself, or a copy where it has another dtype or device.
+
+        Raises:
+            ValueError: when it has another shape.
+        """
+        present = value if isinstance(value, Tensor) else as_tensor(self._name(p), slot, value)
+        held, shard = local(present), local(p)
+        expected = shard.shape if spec.dims == "*" else torch.Size()
+        if held.shape != expected and (spec.dims == "*" or held.numel() != 1):
+            raise ValueError(
+                f"{self._name(p)}: state {slot!r} has shape {tuple(held.shape)} but the shard here has {tuple(expected)}; "
+                f"load a state of the same layout, or reshard it first."
+            )
+        dtype, device = spec.dtype_for(shard.dtype), spec.device_for(shard.device)
+        if (held.dtype, held.device, held.shape) != (dtype, device, expected) or not held.is_contiguous():
+            present = (
+                present.to(device=device, dtype=dtype).reshape(present.shape if spec.dims == "*" else ()).contiguous()
+            )
+        return present
 
     def _update(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Rule:
         if self.one_pass(group):

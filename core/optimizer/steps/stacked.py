@@ -1,6 +1,6 @@
 """Base of optimizers that need numbers of whole tensors; one call of the rule updates a stack of parameters of one layout."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -16,7 +16,8 @@ from ...sharding.layout import Layout
 from ...sharding.parameter_layout import local, local_gradient
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
-from .base import ShardedStep, Travelling, check_gradients
+from .base import ShardedStep, Travelling
+from .bookkeeping import StateChange, as_tensor, refuse_part
 from .state_views import as_state
 from .weight_decay import decay_first_
 
@@ -50,6 +51,7 @@ class Bucket:
         stacks: State name → (B, *state shard).
         names: Key of the random numbers of each parameter; errors name the first.
         begun: Whether the rule of this bucket began in this step already, during backward.
+        fresh: Whether the stacks have their initial values still.
     """
 
     params: list[Tensor]
@@ -58,6 +60,7 @@ class Bucket:
     stacks: dict[str, Tensor]
     names: list[str]
     begun: bool = False
+    fresh: bool = True
 
     @property
     def label(self) -> str:
@@ -74,26 +77,48 @@ class Bucket:
         }
         return cls(params, layout, specs, stacks, names)
 
-    def bind(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Make ``state[p][name]`` a view of the stack, and copy a tensor that was there before into it.
+    def changes(self, state: MutableMapping[Tensor, dict[str, Any]]) -> Iterator[StateChange]:
+        """What must be done so that ``state[p][name]`` are views of the stacks; changes nothing itself.
+
+        A parameter without state gets its initial state, and a tensor that stands there instead of the view is copied into it.
 
         Raises:
-            ValueError: when such a tensor has another shape than the state.
+            ValueError: when a state lacks a part, or a part has another shape than the stack.
         """
-        for name, stack in self.stacks.items():
-            for p, view in zip(self.params, stack, strict=True):
-                present = state[p].get(name)
-                if present is not None:
-                    shard = local(present)
-                    if shard.data_ptr() == view.data_ptr() and shard.shape == view.shape and shard.dtype == view.dtype:
-                        continue
-                    if shard.shape != view.shape and (shard.numel(), view.numel()) != (1, 1):
-                        raise ValueError(
-                            f"{self.label}: state {name!r} has shape {tuple(shard.shape)} but this optimizer keeps "
-                            f"{tuple(view.shape)} here; load a state of the same optimizer and layout, or reshard it first."
-                        )
-                    view.copy_(shard.reshape(view.shape))
-                state[p][name] = as_state(view, p, self.specs[name], self.layout)
+        slots, memory = list(self.stacks), {x.untyped_storage().data_ptr() for x in self.stacks.values()}
+        for row, (p, name) in enumerate(zip(self.params, self.names, strict=True)):
+            held = state.get(p, {})
+            if not all(slot in held for slot in slots):
+                refuse_part(name, held, slots)
+                yield partial(self._begin_anew, row, state)
+                continue
+            for slot, stack in self.stacks.items():
+                view, present = stack[row], as_tensor(name, slot, held[slot])
+                shard = local(present)
+                if shard.data_ptr() == view.data_ptr() and shard.shape == view.shape and shard.dtype == view.dtype:
+                    continue
+                if shard.shape != view.shape and (shard.numel(), view.numel()) != (1, 1):
+                    raise ValueError(
+                        f"{name}: state {slot!r} has shape {tuple(shard.shape)} but this optimizer keeps {tuple(view.shape)} "
+                        f"here; load a state of the same optimizer and layout, or reshard it first."
+                    )
+                # Another row, as after two parameters have swapped their state, may be overwritten first.
+                own = shard.untyped_storage().data_ptr() in memory
+                yield partial(self._take_over, row, slot, shard.clone() if own else shard, state)
+        if self.fresh:
+            yield partial(setattr, self, "fresh", False)
+
+    def _begin_anew(self, row: int, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        held = state.setdefault(self.params[row], {})
+        for slot, stack in self.stacks.items():
+            if not self.fresh:
+                self.specs[slot].reset_(stack[row])
+            held[slot] = as_state(stack[row], self.params[row], self.specs[slot], self.layout)
+
+    def _take_over(self, row: int, slot: str, value: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        p, view = self.params[row], self.stacks[slot][row]
+        view.copy_(value.reshape(view.shape))
+        state[p][slot] = as_state(view, p, self.specs[slot], self.layout)
 
     def update(
         self,
@@ -166,9 +191,7 @@ class StackedStep(ShardedStep):
 
     def updates(self) -> Iterator[engine.Work]:
         """The rules of one step, for :func:`engine.run`; a chain of optimizers runs those of all its members together."""
-        check_gradients(self.param_groups)
         for group in self.param_groups:
-            self._init_group(group)
             for bucket in self._buckets(group):
                 if not bucket.begun:
                     yield self._work(bucket, group)
@@ -178,7 +201,6 @@ class StackedStep(ShardedStep):
         """The buckets whose matrices are sent to an owner; :meth:`updates` leaves out those that have begun by then."""
         position = {p: at for at, p in enumerate(p for group in self.param_groups for p in group["params"])}
         for group in self.param_groups if self.kind == "matrix" else ():
-            self._init_group(group)
             for bucket in self._buckets(group):
                 bucket.begun = False
                 if entries := self.traffic(bucket.layout)[1]:
@@ -192,10 +214,10 @@ class StackedStep(ShardedStep):
     def _work(self, bucket: Bucket, group: Mapping[str, Any]) -> engine.Work:
         return engine.Work(bucket.label, self._scoped(bucket, group), *self.traffic(bucket.layout))
 
-    @torch.no_grad()
-    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
+    def state_changes(self, group: dict[str, Any]) -> Iterator[StateChange]:
+        """As in the base class."""
         for bucket in self._buckets(group):
-            bucket.bind(self.state)
+            yield from bucket.changes(self.state)
 
     def _apply(self, p: Tensor, result: Tensor, group: Mapping[str, Any]) -> None:
         """Apply the rule's ``result`` for the shard ``p`` to it, in place."""
@@ -211,9 +233,9 @@ class StackedStep(ShardedStep):
     def _buckets(self, group: Mapping[str, Any]) -> list[Bucket]:
         """The buckets of ``group``; built again when its list of parameters has changed."""
         made = self._made_buckets
-        key = tuple((id(p), p.dtype, p.device) for p in group["params"])
+        key = _key(group)
         if key not in made:
-            alive = {tuple((id(p), p.dtype, p.device) for p in other["params"]) for other in self.param_groups}
+            alive = {_key(other) for other in self.param_groups}
             for gone in [k for k in made if k not in alive]:
                 del made[gone]
             made[key] = list(self._make_buckets(group))
@@ -222,6 +244,7 @@ class StackedStep(ShardedStep):
     def _make_buckets(self, group: Mapping[str, Any]) -> Iterator[Bucket]:
         alike: dict[Any, list[Tensor]] = {}
         for p in group["params"]:
+            self.check(p, group)
             shard = local(p)
             alike.setdefault((self.layout(p), shard.dtype, shard.device), []).append(p)
         for (layout, _, _), params in alike.items():
@@ -229,3 +252,7 @@ class StackedStep(ShardedStep):
             for i in range(0, len(params), size):
                 same = params[i : i + size]
                 yield Bucket.make(same, layout, self.state_specs(group, layout), [self._key(p) for p in same])
+
+
+def _key(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((id(p), p.shape, p.dtype, p.device) for p in group["params"])

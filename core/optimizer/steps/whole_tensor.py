@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -21,7 +21,8 @@ from ...sharding.requests import Rule
 from ...sharding.state import StateTensor, sizes
 from ...sharding.tp_modes import Deferred, work_at
 from .argument_checks import choice
-from .base import ShardedStep, check_gradients
+from .base import ShardedStep
+from .bookkeeping import StateChange, as_tensor, refuse_part
 from .weight_decay import decay_first_
 
 WholeMode = tp_modes.WholeMode
@@ -189,40 +190,33 @@ class WholeStep(ShardedStep):
 
     def updates(self) -> Iterator[Work]:
         """One rule per parameter; parameters that travel to an owner go in waves."""
-        check_gradients(self.param_groups)
         for group in self.param_groups:
-            self._init_group(group)
             for p in group["params"]:
                 if p.grad is not None:
                     yield self._whole_work(p, self._update(p, group), tensors=2)
 
-    @torch.no_grad()
-    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = False) -> None:
+    def state_changes(self, group: dict[str, Any]) -> Iterator[StateChange]:
+        """As in the base class."""
         self._find_homes()
         for p in group["params"]:
-            state, shard = self.state[p], local(p)
+            held = self.state.get(p, {})
             for unit in self._parameters[p].units:
                 specs = self.whole_specs(unit.layout.shape, group)
-                if any(slot + unit.suffix not in state for slot in specs):
-                    fresh = self.fresh_state(unit, shard, group)
-                    state.update({k + unit.suffix: v for k, v in fresh.items() if k + unit.suffix not in state})
+                slots = {slot: slot + unit.suffix for slot in specs}
+                if not all(name in held for name in slots.values()):
+                    # Ranks that do not work on the tensor keep no entries of it, and some checkpoints give them nothing.
+                    if unit.home.here:
+                        refuse_part(unit.name, held, list(slots.values()))
+                    yield partial(self._make_state, p, unit, group)
+                    continue
                 for slot, spec in specs.items():
-                    name = slot + unit.suffix
-                    expected = spec.layout(unit.home).local_shape
-                    if tuple(state[name].shape) != expected:
-                        raise ValueError(
-                            f"{unit.name}: state {name!r} has shape {tuple(state[name].shape)} but this rank keeps {expected} "
-                            f"of it; load a state of the same optimizer and layout, with groups added in the same order, or "
-                            f"reshard it first."
-                        )
-                    state[name] = state[name].to(spec.device_for(shard.device), spec.dtype_for(p.dtype))
+                    taken = _fitting(unit, slots[slot], held[slots[slot]], spec, p)
+                    if taken is not held[slots[slot]]:
+                        yield partial(held.__setitem__, slots[slot], taken)
 
-    def take_state(self) -> None:
-        """As in the base class."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p].update({k: v.clone() for k, v in self.state[p].items() if isinstance(v, Tensor)})
-        super().take_state()
+    def _make_state(self, p: Tensor, unit: Unit, group: Mapping[str, Any]) -> None:
+        fresh = self.fresh_state(unit, local(p), group)
+        self.state.setdefault(p, {}).update({slot + unit.suffix: x for slot, x in fresh.items()})
 
     def _whole_work(self, p: Tensor, rule: Rule, *, tensors: int) -> Work:
         """The work of ``rule``, which gathers ``tensors`` tensors of the shape of ``p``."""
@@ -290,9 +284,12 @@ class WholeStep(ShardedStep):
 
     def _find_homes(self) -> None:
         """Give every parameter without a home one: the costliest first, each to the rank with the least work so far."""
-        layouts = {
-            p: self.layout(p) for group in self.param_groups for p in group["params"] if p not in self._parameters
-        }
+        layouts = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self._parameters or self._parameters[p].layout.local_shape != local(p).shape:
+                    self.check(p, group)
+                    layouts[p] = self.layout(p)
         units: dict[Tensor, dict[int, Unit]] = {p: {} for p in layouts}
         parts = [
             (part, p, k, f"#{k}" if lay.parts else "")
@@ -332,3 +329,18 @@ def _in_order(x: Tensor) -> Tensor:
     """``x``, or a copy when its strides or alignment differ from a fresh tensor's, which may change how kernels sum."""
     in_order = x.is_contiguous() and x.data_ptr() % 64 == 0
     return x if in_order else x.clone(memory_format=torch.contiguous_format)
+
+
+def _fitting(unit: Unit, name: str, value: Any, spec: WholeState, p: Tensor) -> Tensor:
+    """``value`` as the state that ``spec`` declares: itself, or a copy where it has another dtype or device.
+
+    Raises:
+        ValueError: when it has another shape.
+    """
+    present, expected = as_tensor(unit.name, name, value), spec.layout(unit.home).local_shape
+    if tuple(present.shape) != expected and (present.numel(), prod(expected)) != (1, 1):
+        raise ValueError(
+            f"{unit.name}: state {name!r} has shape {tuple(present.shape)} but this rank keeps {expected} of it; load a state "
+            f"of the same optimizer and layout, with groups added in the same order, or reshard it first."
+        )
+    return present.reshape(expected).to(spec.device_for(local(p).device), spec.dtype_for(p.dtype))
