@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from core.checkpoint import CheckpointError, digests, load
 from core.checkpoint.directory import TRACKER
-from core.checkpoint.manifest import FORMAT, NAME
+from core.checkpoint.manifest import FORMAT, NAME, OLDEST
 from core.checkpoint.reader import SafeReader
 from tests.support.saved_model import refused, saved
 
@@ -77,7 +77,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "'step' is missing",
     ),
     "manifest has a list for a number": (lambda d: forge(d, step=[5]), "step is missing or wrong"),
-    "older format": (lambda d: forge(d, format=FORMAT - 1), f"format {FORMAT - 1}, which .* can no longer be read"),
+    "older format": (lambda d: forge(d, format=OLDEST - 1), f"format {OLDEST - 1}, which .* can no longer be read"),
     "newer format": (lambda d: forge(d, format=FORMAT + 1), f"format {FORMAT + 1}, but .*Update shardstep"),
     "another step's folder": (lambda d: forge(d, step=6), "iter_0000005 holds step 6: folders were swapped or renamed"),
     "file is cut": (

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tools.pretrain.data import EOD, Corpus, DataError, load_corpus, python_corpus, split_samples
@@ -217,3 +217,37 @@ def test_every_epoch_has_each_sequence_once_in_its_own_order():
     assert not torch.equal(epochs[0], epochs[1])
     other, _ = split_samples(row(301), seq_length=10, seed=4)
     assert not torch.equal(other.batch(0, len(other))[:, 0], epochs[0])
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "texts")
+    corpus = load_corpus([str(tmp_path / "texts")])
+    assert corpus.tokens.tolist() == [*b"a", EOD, *b"b", EOD]
+    (tmp_path / "texts" / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match="link to nothing"):
+        load_corpus([str(tmp_path / "texts")])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_a_damaged_pair_is_refused_in_one_line_or_read(tmp_path, data):
+    write_pair(tmp_path / "data", [[5, 6, 7], [8], [100, 2]], "<i4", 4)
+    for name in ("data.idx", "data.bin"):
+        path = tmp_path / name
+        raw = bytearray(path.read_bytes())
+        for at, byte in data.draw(
+            st.dictionaries(st.integers(0, len(raw) - 1), st.integers(0, 255), max_size=2)
+        ).items():
+            raw[at] = byte
+        path.write_bytes(raw[: data.draw(st.sampled_from([len(raw), len(raw), len(raw) - 1, 5]))])
+    try:
+        corpus = load_corpus([str(tmp_path / "data")])
+    except DataError as error:
+        assert "data" in str(error)
+    else:
+        assert 0 <= corpus.tokens.min() <= corpus.tokens.max() < corpus.vocab_size <= 1 << 24

@@ -15,6 +15,7 @@ MAX_ROWS = 20
 _HINTS = {
     "model": "Build the model that was saved: layers, sizes, vocabulary, dtype, tied or untied embeddings.",
     "optimizer": "Resume with the optimizer that was saved, or load without its state (load_optimizer=False).",
+    "extra": "Extra states that differ between ranks fit the layout that saved them; resume on it, or say what to load (only).",
     "block": "State of blockwise mode loads at the tensor-parallel size that saved it; resume with that size, cut and mode.",
 }
 
@@ -27,7 +28,7 @@ class Mismatch:
         what: Key of a tensor, or the optimizer of named parameters.
         saved: Description of it in the checkpoint.
         current: Description of it in this run.
-        kind: Kind of difference, which chooses the advice: ``model``, ``optimizer`` or ``block``.
+        kind: Kind of difference, which chooses the advice: ``model``, ``optimizer``, ``extra`` or ``block``.
     """
 
     what: str

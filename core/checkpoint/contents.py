@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..module_names import named_buffers, named_parameters
 from ..optimizer.members import members_of
 from ..process_groups_config import ProcessGroupCollection
 from ..sharding.layout import Layout
@@ -59,8 +60,8 @@ class Contents:
         """Parameters, persistent buffers and optimizer state of this rank; makes state that does not exist yet.
 
         Raises:
-            ValueError: when two tensors have one name, a parameter of the optimizer has no name, or the optimizer does not say
-                how its state is laid out.
+            ValueError: when two tensors have one name, a parameter of the optimizer has no name, the optimizer does not say how
+                its state is laid out, or a module's ``state_dict`` has something that no key stands for.
         """
         contents = cls()
         names: dict[Tensor, str] = {}
@@ -121,10 +122,21 @@ def parameter_of(key: str) -> str:
 
 
 def _named_tensors(model_chunks: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers; what else a ``state_dict`` has is extra state (:mod:`.extra_state`), or is refused."""
     for chunk in model_chunks:
-        persistent = chunk.state_dict(keep_vars=True)
-        yield from chunk.named_parameters()
-        yield from ((name, x) for name, x in chunk.named_buffers() if name in persistent)
+        state = chunk.state_dict(keep_vars=True)
+        persistent = {id(x) for x in state.values()}
+        named: list[tuple[str, Tensor]] = list(named_parameters([chunk]))
+        named += [(name, x) for name, x in named_buffers(chunk) if id(x) in persistent]
+        known = {id(x) for _, x in named}
+        for name, x in state.items():
+            if x is not None and id(x) not in known and name.rpartition(".")[2] != "_extra_state":
+                raise ValueError(
+                    f"the model's state_dict has {name!r} ({type(x).__name__}), which is neither a parameter nor a buffer of "
+                    f"its modules, so a load could not put it back; register it as a buffer, or return it from "
+                    f"get_extra_state()."
+                )
+        yield from named
 
 
 def _block(layout: Layout) -> str:

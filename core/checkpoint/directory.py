@@ -3,10 +3,12 @@
 One rank calls these functions; they communicate with no other rank.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,10 @@ MEGATRON = "metadata.json"
 """File by which Megatron-Core recognizes a checkpoint that it can read."""
 _MEGATRON_TEXT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
 _STAGING, _REPLACED = ".tmp_", ".old_"
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EISDIR, errno.EACCES}
+"""What file systems say that know no fsync of a directory, or let nobody open one."""
+_warned: set[Path] = set()
+"""Directories of which it was said already."""
 
 
 def folder_of(step: int) -> str:
@@ -39,13 +45,22 @@ def begin(directory: Path, step: int) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.hold(directory)
-        _tidy(directory)
-        staging.mkdir()
     except (FileExistsError, NotADirectoryError):
         raise CheckpointError(f"cannot save to {directory}: that is a file, or below one; give a directory.") from None
     except OSError as error:
         raise CheckpointError(
-            f"cannot save to {directory}: {error.strerror}; give a directory that can be written."
+            f"cannot save to {directory}: {why(error)}; give a directory that can be written."
+        ) from None
+    _tidy(directory)
+    try:
+        staging.mkdir()
+    except FileExistsError:
+        raise CheckpointError(
+            f"cannot save to {directory}: {staging.name}, which an interrupted save left there, cannot be removed; remove it."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot save to {directory}: {why(error)}; give a directory that can be written."
         ) from None
     return staging
 
@@ -89,18 +104,23 @@ def commit(staging: Path, manifest: Manifest, written: Mapping[str, str], keep: 
     _write(tracker, f"{manifest.step}")
     tracker.replace(directory / TRACKER)
     _sync(directory)
-    discard(replaced)
+    _discard_or_warn(replaced)
     if keep is not None:
         _prune(directory, manifest.step, keep)
     return final
 
 
 def discard(path: Path) -> None:
-    """Remove a folder or a file, if it exists."""
-    if path.is_dir():
+    """Remove a folder or a file, if it exists; of a symbolic link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def why(error: OSError) -> str:
+    """The reason of ``error``, which not every one carries as ``strerror``."""
+    return error.strerror or str(error) or type(error).__name__
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -160,8 +180,8 @@ def inspect(folder: Path) -> tuple[Manifest, dict[str, str]]:
             raise CheckpointError(f"{path} is not what {digests.NAME} says.")
         manifest = Manifest.parse(path.read_text(), str(path))
     except (ValueError, KeyError, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{folder / digests.NAME} is damaged: {why}.") from None
+        reason = why(error) if isinstance(error, OSError) else error
+        raise CheckpointError(f"{folder / digests.NAME} is damaged: {reason}.") from None
     if set(written) != {MANIFEST, *manifest.files}:
         raise CheckpointError(f"{folder / digests.NAME} and {MANIFEST} name different files.")
     for name, size in manifest.files.items():
@@ -190,7 +210,7 @@ def _tracked(directory: Path) -> int | str:
     try:
         text = (directory / TRACKER).read_text(errors="replace").strip()
     except OSError as error:
-        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({why(error)})"
     return (
         int(text) if re.fullmatch(r"\d{1,18}", text) else f"should hold the number of a step, but holds {text[:40]!r}"
     )
@@ -199,11 +219,11 @@ def _tracked(directory: Path) -> int | str:
 def _tidy(directory: Path) -> None:
     """Remove what interrupted saves left, and restore a checkpoint that one of them had renamed away."""
     for path in directory.glob(f"{_STAGING}*"):
-        discard(path)
+        _discard_or_warn(path)
     for path in directory.glob(f"{_REPLACED}*"):
         final = directory / path.name.removeprefix(_REPLACED)
         if final.exists():
-            discard(path)
+            _discard_or_warn(path)
         else:
             path.rename(final)
 
@@ -212,7 +232,25 @@ def _prune(directory: Path, step: int, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints up to ``step``; renamed first, so that no partial one is ever visible."""
     older = [s for s in _steps(directory) if s <= step][:-keep]
     for path in (directory / folder_of(s) for s in older):
-        discard(path.rename(directory / f"{_STAGING}{path.name}"))
+        hidden = directory / f"{_STAGING}{path.name}"
+        try:
+            path.rename(hidden)
+        except OSError as error:
+            _warn_left(path, error)
+        else:
+            _discard_or_warn(hidden)
+
+
+def _discard_or_warn(path: Path) -> None:
+    """Remove what is no longer needed; where that fails, the run goes on, because what it needs is there."""
+    try:
+        discard(path)
+    except OSError as error:
+        _warn_left(path, error)
+
+
+def _warn_left(path: Path, error: OSError) -> None:
+    warnings.warn(f"{path} cannot be removed and takes up space: {why(error)}. Remove it yourself.", stacklevel=2)
 
 
 def _among(steps: list[int]) -> str:
@@ -227,9 +265,20 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make the names in ``folder`` durable, where its file system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+        if not {folder, folder.parent} & _warned:
+            _warned.update({folder, folder.parent})
+            warnings.warn(
+                f"the file system of {folder} cannot make the names of files durable ({why(error)}): a checkpoint may be lost "
+                f"if the machine that keeps the files loses power within seconds of the save.",
+                stacklevel=2,
+            )

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
 from ..process_groups_config import gather
-from . import rng
+from . import extra_state, rng
 from .choose import choose
-from .compare import compare_keys, compare_optimizers, compare_tensors, optimizer_rows, selection, table
+from .compare import Mismatch, compare_keys, compare_optimizers, compare_tensors, optimizer_rows, selection, table
 from .contents import MODEL, STATE, Contents, Group, parameter_of, process_groups
 from .manifest import Manifest
 from .reader import SafeReader
@@ -51,7 +51,7 @@ class Loaded:
         consumed_samples: Position in the data, in samples.
         schedule: State of the learning-rate schedule that was passed to ``save``; None without one.
         extra: Additional values that were passed to ``save``.
-        keys: Keys of the tensors that any rank loaded, without those of random number generators.
+        keys: Keys of what any rank loaded, without those of random number generators.
         rng_restored: Whether the random number generators were restored; they are only on the layout that was saved.
         differences: Optimizer settings that differ from the checkpoint's.
         saved_layout: Name of each mesh axis → its size in the run that saved.
@@ -105,10 +105,10 @@ def load(
 ) -> Loaded:
     """Load a checkpoint in place into a run that is already built and sharded, on any layout.
 
-    All ranks of the default process group call it. Overwrites parameters, persistent buffers and optimizer state; the
-    settings of the optimizer stay. Compares everything before it changes anything, and executes no code that a checkpoint
-    may hold. The optimizer takes no step. When the newest checkpoint is damaged, the newest undamaged one is loaded, with a
-    warning.
+    All ranks of the default process group call it. Overwrites parameters, persistent buffers, the modules' extra state and
+    optimizer state; the settings of the optimizer stay. Compares everything before it changes anything, and executes no code
+    that a checkpoint may hold. The optimizer takes no step. When the newest checkpoint is damaged, the newest undamaged one is
+    loaded, with a warning.
 
     Args:
         directory: Directory that was passed to ``save``.
@@ -118,8 +118,8 @@ def load(
         load_optimizer: False leaves the optimizer's state as it is, and the optimizer may differ from the saved one.
         load_rng: False leaves the random number generators as they are.
         only: Patterns (``model.layers.0.*``) of the keys to load; everything else stays as it is, generators too. Keys are
-            ``model.<name>`` and ``optimizer.state.<slot>.<name>``. Without patterns all keys are loaded, and this run and
-            the checkpoint must have the same keys.
+            ``model.<name>``, ``optimizer.state.<slot>.<name>`` and ``extra_state.<module>``. Without patterns all keys are
+            loaded, and this run and the checkpoint must have the same keys.
         verify: False compares only the sizes of files with what was written, not their contents.
         pg_collection: Process groups; default: the optimizer's.
 
@@ -132,18 +132,22 @@ def load(
     path, manifest, skipped = choose(Path(directory), step, verify=verify)
     reader = SafeReader(path)
     saved = together(reader.read_metadata).state_dict_metadata
-    tensors = dict(contents.tensors)
+    tensors, holders = dict(contents.tensors), together(lambda: extra_state.holders(model_chunks))
     if only:
+        _check_patterns(only, joined([*tensors, *(f"{extra_state.PREFIX}{name}" for name in holders)]))
         tensors, saved = selection(tensors, only), selection(saved, only)
-        _check_patterns(only, joined(contents.tensors))
+        holders = {name: h for name, h in holders.items() if selection({f"{extra_state.PREFIX}{name}": h}, only)}
     keys = sorted({*joined(tensors)})
     groups = joined(contents.groups)
-    _check(path, tensors, keys, groups, manifest, saved, complete=not only)
     layout, ranks = whereabouts(pgs)
+    states, unfit = extra_state.to_read(holders, saved, same_layout=manifest.ranks == ranks)
+    _check(path, tensors, keys, groups, manifest, saved, unfit, complete=not only)
+    packed = {key: torch.empty(size, dtype=torch.uint8, device="cpu") for key, size in states.values()}
     generators = _generators(saved) if load_rng and manifest.ranks == ranks else None
     if generators is not None:
         tensors[rng.key(rank())] = generators
-    _read(tensors, reader)
+    _read(tensors | packed, reader)
+    together(lambda: extra_state.put(holders, {name: packed[key] for name, (key, _) in states.items()}))
     if generators is not None:
         rng.unpack(generators)
     return Loaded(
@@ -152,7 +156,7 @@ def load(
         consumed_samples=manifest.consumed_samples,
         schedule=manifest.schedule,
         extra=manifest.extra,
-        keys=tuple(keys),
+        keys=(*keys, *sorted({*joined(packed)})),
         rng_restored=generators is not None,
         differences=_differences(contents.groups, manifest.groups),
         saved_layout=manifest.layout,
@@ -168,17 +172,21 @@ def _check(
     groups: Sequence[Group],
     manifest: Manifest,
     saved: Mapping[str, STORAGE_TYPES],
+    unfit: Sequence[Mismatch],
     *,
     complete: bool,
 ) -> None:
-    """Refuse a checkpoint that does not fit; ``complete``: all optimizers are compared, not only those of ``keys``."""
+    """Refuse a checkpoint that does not fit, and this rank's ``unfit`` extra states.
+
+    With ``complete`` all optimizers are compared, not only those of ``keys``.
+    """
     with_state = {parameter_of(key) for key in keys if key.startswith(STATE)}
     changed = compare_optimizers(groups, manifest.groups) if with_state else {}
     if not complete:
         changed = {name: pair for name, pair in changed.items() if name in with_state}
     skip = set(changed)
     local_rows = together(lambda: compare_tensors(tensors, saved, skip))
-    rows = joined(local_rows) + optimizer_rows(changed)
+    rows = joined([*local_rows, *unfit]) + optimizer_rows(changed)
     rows += compare_keys(keys, saved, skip, (MODEL, STATE) if with_state else (MODEL,))
     if rows:
         raise CheckpointError(table(str(path), rows))

@@ -37,7 +37,8 @@ def hold(directory: Path) -> None:
                 f"of its own, or end that one."
             ) from None
         warnings.warn(
-            f"the file system of {directory} has no locks ({error.strerror}): nothing keeps a second job from saving there.",
+            f"the file system of {directory} has no locks ({error.strerror or error}): nothing keeps a second job from "
+            f"saving there.",
             stacklevel=2,
         )
     os.ftruncate(descriptor, 0)

@@ -10,12 +10,18 @@ from typing import Any, get_args, get_origin
 
 import torch
 
+from . import plain
 from .contents import Group
 from .together import CheckpointError, NewerFormatError
 
 NAME = "shardstep.json"
-FORMAT = 2
-"""Version of the format; it goes up when readers of the last one cannot read the new one."""
+FORMAT = 3
+"""Version of the format; it goes up when readers of the last one cannot read the new one.
+
+Format 3 has values of :mod:`.plain` in ``schedule`` and ``extra``, which format 2 kept as JSON made of them.
+"""
+OLDEST = 2
+"""Oldest format that can be read."""
 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("step", "consumed_samples", "format"), int),
@@ -28,6 +34,8 @@ _KINDS: dict[str, Any] = {
     "schedule": dict | None,
     "config": str,
 }
+_VALUES = ("schedule", "extra")
+"""Fields whose values are the user's."""
 _KINDS_OF_GROUP: dict[str, Any] = {"optimizer": str, "settings": dict, "parameters": list[str]}
 
 
@@ -65,7 +73,9 @@ class Manifest:
 
     def text(self) -> str:
         """The manifest as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        values = {name: plain.form(name, getattr(self, name)) for name in _VALUES}
+        groups = [asdict(group) for group in self.groups]
+        return json.dumps({**vars(self), **values, "groups": groups, "format": FORMAT}, indent=1)
 
     @classmethod
     def parse(cls, text: str, where: str) -> "Manifest":
@@ -85,7 +95,7 @@ class Manifest:
                 f"{where} has format {written}, but this version of shardstep reads formats up to {FORMAT}; it was written by "
                 f"{content.get('versions', 'a newer one')}. Update shardstep."
             )
-        if written < FORMAT:
+        if written < OLDEST:
             raise CheckpointError(
                 f"{where} has format {written}, which had no digests and can no longer be read; save again."
             )
@@ -94,8 +104,10 @@ class Manifest:
             known["groups"] = [Group(**group) for group in known["groups"]]
             if odd := [name for name, kind in _KINDS.items() if not _is(known[name], kind)]:
                 raise TypeError(", ".join(odd))
+            if written == FORMAT:
+                known |= {name: plain.restored(known[name]) for name in _VALUES}
             return cls(**known)
-        except (KeyError, TypeError) as wrong:
+        except (KeyError, TypeError, ValueError) as wrong:
             raise CheckpointError(f"{where} is damaged: {wrong} is missing or wrong.") from None
 
 
@@ -114,20 +126,6 @@ def config_digest(groups: Iterable[Group]) -> str:
     """SHA-256 of optimizers, settings and names of parameters; does not depend on their order."""
     rows = sorted((g.optimizer, json.dumps(g.settings, sort_keys=True), sorted(g.parameters)) for g in groups)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def json_copy(name: str, value: Any) -> Any:
-    """``value`` as it comes back from a manifest: tuples become lists, for example.
-
-    Raises:
-        ValueError: when JSON cannot hold it; the message calls it ``name``.
-    """
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} cannot be saved: {error}. A checkpoint holds no Python objects; give numbers, text, lists and dicts."
-        ) from None
 
 
 def _is(value: Any, kind: Any) -> bool:

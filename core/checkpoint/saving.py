@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection, gather
-from . import digests, rng
+from . import digests, extra_state, plain, rng
 from .background import Background
 from .contents import Contents, process_groups
-from .directory import begin, commit, folder_of
-from .manifest import Manifest, config_digest, json_copy, merge_groups
+from .directory import begin, commit, folder_of, why
+from .manifest import Manifest, config_digest, merge_groups
 from .together import CheckpointError, GroupOrDefault, distributed, joined, on_first, rank, together
 
 COMMON = "common_state/shard_0_1"
@@ -42,19 +42,22 @@ def save(
 ) -> Path:
     """Write a checkpoint that :func:`load` reads on any layout, and plain ``torch.distributed.checkpoint`` as whole tensors.
 
+    It holds what the modules' ``state_dict`` and the optimizer's hold, under names that wrappers (``torch.compile``, data
+    parallelism, activation checkpointing) do not change; anything that cannot be saved is refused by name.
+
     All ranks of the default process group call it. The checkpoint becomes visible, and the newest one, when it is complete on
     all of them; until then the checkpoints in ``directory`` stay as they were. Mutates nothing of the run. Megatron-Core's
     ``dist_checkpointing`` reads it too (format ``torch_dist``).
 
     Args:
         directory: Directory of the checkpoints, on a file system that all ranks share; made if it does not exist. One job at a
-            time saves there.
+            time saves there. A relative path is below the working directory at the time of this call.
         step: Number of finished steps.
         model_chunks: This rank's modules; names of parameters and buffers must be global.
         optimizer: An optimizer of this package, or a chain of them.
         consumed_samples: Position in the data, in samples.
-        schedule: State of the learning-rate schedule, of JSON types.
-        extra: Additional values for :func:`load` to return, of JSON types.
+        schedule: State of the learning-rate schedule, of the types that :func:`.plain.text` takes; it comes back equal.
+        extra: Additional values for :func:`load` to return, of the same types.
         pg_collection: Process groups; default: the optimizer's.
         keep: Number of checkpoints to keep, the newest ones up to ``step``; at least 2. None keeps all.
         background: Writer that works while training goes on: ``save`` returns when everything is copied, and
@@ -66,10 +69,12 @@ def save(
     Raises:
         CheckpointError: on all ranks, when saving fails on any; also when the writer's last save has failed.
     """
+    directory = Path(directory).absolute()
     if background:
         background.wait()
     pgs = process_groups(pg_collection, optimizer)
     contents = together(lambda: Contents.of(model_chunks, optimizer, pgs))
+    kept_by_modules = extra_state.tensors(extra_state.holders(model_chunks))
     layout, ranks = whereabouts(pgs)
     groups = merge_groups(joined(contents.groups))
 
@@ -83,14 +88,14 @@ def save(
             ranks=ranks,
             optimizers=sorted({group.optimizer for group in groups}),
             groups=groups,
-            schedule=json_copy("schedule", None if schedule is None else dict(schedule)),
-            extra=json_copy("extra", dict(extra or {})),
+            schedule=plain.copied("schedule", None if schedule is None else dict(schedule)),
+            extra=plain.copied("extra", dict(extra or {})),
             config=config_digest(groups),
         )
 
     manifest = together(describe)
-    staging = on_first(lambda: begin(Path(directory), step))
-    tensors = contents.tensors | {rng.key(rank()): rng.pack()}
+    staging = on_first(lambda: begin(directory, step))
+    tensors = contents.tensors | kept_by_modules | {rng.key(rank()): rng.pack()}
     if background is None:
         return _write(tensors, staging, manifest, keep)
     group, copies = background.group, background.copy(tensors)
@@ -141,14 +146,14 @@ def _commit(staging: Path, manifest: Manifest, written: dict[str, str], keep: in
     try:
         return commit(staging, manifest, written, keep)
     except OSError as error:
-        raise _cannot_save(staging.parent, error.strerror) from None
+        raise _cannot_save(staging.parent, why(error)) from None
 
 
-def _cannot_save(directory: Path, why: str | None) -> CheckpointError:
+def _cannot_save(directory: Path, reason: str) -> CheckpointError:
     # torch's error does not always say that a disk is full.
     free = shutil.disk_usage(directory).free / 1e6
     return CheckpointError(
-        f"cannot save to {directory}, with {free:.1f} MB free there: {why}. Earlier checkpoints are as they were."
+        f"cannot save to {directory}, with {free:.1f} MB free there: {reason}. Earlier checkpoints are as they were."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .. import module_names
 from ..process_groups_config import ProcessGroupCollection
 from .optimizer_config import OptimizerConfig
 from .param_key import ParamKey, ParamWithNamePredicate
@@ -121,7 +122,7 @@ def named_parameters(model_chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Pa
     """
     named: dict[str, nn.Parameter] = {}
     for chunk in model_chunks:
-        for name, param in chunk.named_parameters():
+        for name, param in module_names.named_parameters([chunk]):
             if named.setdefault(name, param) is not param:
                 raise ValueError(
                     f"two model chunks have a parameter called {name!r}; names must be global (decoder.layers.7…, not "

@@ -1,5 +1,6 @@
 """Converts a file of ``torch.save`` to a checkpoint, and a checkpoint to such a file."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.checkpoint import CheckpointError
+from core.checkpoint import CheckpointError, extra_state
 from core.checkpoint.contents import MODEL, STATE, Group, base_of, parameter_of
-from core.checkpoint.manifest import Manifest, config_digest, json_copy
+from core.checkpoint.manifest import Manifest, config_digest
+from core.checkpoint.plain import copied
 
 from ..usage import UsageError
 from .source import Source, count, harmless
@@ -37,6 +39,8 @@ def from_torch(path: Path, directory: str, files: int) -> tuple[Path, list[str]]
         raise CheckpointError(f"{path} holds a {type(content).__name__}; a state_dict is needed.")
     is_model = not isinstance(content.get("model"), Mapping)
     model, entries = (content, {}) if is_model else (content["model"], content)
+    kept = {name: x for name, x in model.items() if str(name).rpartition(".")[2] == extra_state.NAME}
+    model = {name: x for name, x in model.items() if name not in kept}
     if odd := [str(name) for name, x in model.items() if not _is_dense(x) or not isinstance(name, str)]:
         raise CheckpointError(
             f"{path}: {', '.join(odd[:3])} of the model is no ordinary tensor; a state_dict is needed."
@@ -49,6 +53,8 @@ def from_torch(path: Path, directory: str, files: int) -> tuple[Path, list[str]]
     with Writer(directory, step, files) as writer:
         for name, x in model.items():
             writer.add(f"{MODEL}{name}", x)
+        for name, value in kept.items():
+            writer.add(*_extra_state(name, value, str(path)))
         for key, x in state.items():
             writer.add(key, x)
         writer.add_common({"iteration": step})
@@ -78,7 +84,7 @@ def to_torch(source: Source, path: Path) -> list[str]:
     """
     if path.exists():
         raise UsageError("DST", path, "is there already", hint="give the name of a new file")
-    model: dict[str, Tensor] = {}
+    model: dict[str, Any] = {}
     state: dict[str, dict[str, Tensor]] = {}
     left_out = list(source.reader.objects())
     for key in source.reader.tensors():
@@ -88,6 +94,9 @@ def to_torch(source: Source, path: Path) -> list[str]:
             name = parameter_of(key)
             slot = key.removeprefix(STATE).removesuffix(f".{name}")
             state.setdefault(name, {})[slot] = source.reader.whole(key)
+        elif key.startswith(extra_state.PREFIX) and extra_state.is_of_all_ranks(key):
+            name = f"{key.removeprefix(extra_state.PREFIX)}.{extra_state.NAME}".removeprefix(".")
+            model[name] = extra_state.unpacked(source.reader.whole(key))
         else:
             left_out.append(key)
     manifest = source.manifest
@@ -131,8 +140,7 @@ def _optimizer(state_dict: Any, model: Mapping[str, Tensor], where: str) -> tupl
             for name, x in group.items()
             if name not in ("params", "param_names", "optimizer")
         }
-        plain = _plain(settings, "settings", where)
-        groups.append(Group(_class(group, where), plain, [names[i] for i in group["params"]]))
+        groups.append(Group(_class(group, where), _json(settings, where), [names[i] for i in group["params"]]))
     ours = all("optimizer" in group for group in listed)  # then every slot is one of ours, of any shape
     out = {}
     for i, of_parameter in state_dict["state"].items():
@@ -186,12 +194,30 @@ def _entry(entries: Mapping[str, Any], name: str, path: Path) -> dict[str, Any] 
 
 def _plain(value: Any, name: str, where: str) -> dict[str, Any]:
     try:
-        copy = json_copy(name, value)
+        copy = copied(name, value)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: {error}") from None
     if not isinstance(copy, dict):
         raise CheckpointError(f"{where}: {name} is a {type(copy).__name__}; a dict is needed.")
     return copy
+
+
+def _json(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(settings))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: the settings of a parameter group cannot be kept: {error}.") from None
+    return copy
+
+
+def _extra_state(name: str, value: Any, where: str) -> tuple[str, Tensor]:
+    """Key and bytes of a module's extra state, which a state_dict calls ``name``."""
+    try:
+        return f"{extra_state.PREFIX}{name.removesuffix(extra_state.NAME).removesuffix('.')}", extra_state.packed(
+            name, value
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def _names(listed: Sequence[Mapping[str, Any]], model: Mapping[str, Tensor], where: str) -> dict[int | str, str]:

@@ -80,7 +80,7 @@ class Writer:
         shutil.rmtree(self.staging, ignore_errors=True)
         if isinstance(error, OSError):
             raise CheckpointError(
-                f"cannot write to {self.staging.parent}: {error.strerror}. Earlier checkpoints are as they were."
+                f"cannot write to {self.staging.parent}: {directory.why(error)}. Earlier checkpoints are as they were."
             ) from None
 
     def add(self, key: str, whole: Tensor) -> None:

@@ -8,7 +8,7 @@ import importlib
 import math
 import struct
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from ..usage import UsageError
 
 EOD = 256  # token after every document; bytes are the tokens 0 to 255
 FLAG = "--data-path"
+LARGEST_VOCABULARY = 1 << 24
+"""Number of token ids; larger ones are taken for damage, because the embedding is made as large as the largest asks for."""
 # Codes of the token type in an .idx file, from megatron/core/datasets/indexed_dataset.py.
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -140,11 +142,22 @@ def megatron_corpus(prefix: Path) -> Corpus:
         raise DataError(FLAG, prefix, problem, hint="the two files are not of one data set, or a copy broke off")
     if not size:
         raise DataError(FLAG, prefix, "holds no tokens")
-    tokens = np.memmap(bin_path, dtype=dtype, mode="r")
+    try:
+        tokens = np.memmap(bin_path, dtype=dtype, mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(FLAG, bin_path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if dtype.kind == "i" and tokens.min() < 0:
-        raise DataError(FLAG, prefix, f"{bin_path} has negative token ids")
+        raise DataError(
+            FLAG, prefix, f"{bin_path} has negative token ids", hint="it is damaged: copy or write it again"
+        )
+    largest = int(tokens.max())
+    if largest >= LARGEST_VOCABULARY:
+        raise DataError(
+            FLAG, prefix, f"{bin_path} has the token id {largest:,}, which no tokenizer gives",
+            possible=f"ids below {LARGEST_VOCABULARY:,}", hint="it is damaged, or its index names another token type",
+        )  # fmt: skip
     digest = hashlib.sha256(index).hexdigest()[:16]
-    return Corpus(tokens, int(tokens.max()) + 1, f"Megatron data set {prefix}", digest)
+    return Corpus(tokens, largest + 1, f"Megatron data set {prefix}", digest)
 
 
 class Samples:
@@ -230,7 +243,7 @@ def _megatron_prefix(path: Path) -> Path | None:
 
 def _text_files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+        files = sorted(_below(path, set()))
         if not files:
             raise DataError(
                 FLAG, path, "is a directory without *.txt files", hint="name the files themselves, or rename them"
@@ -242,6 +255,24 @@ def _text_files(path: Path) -> list[Path]:
     if not path.is_file():
         raise DataError(FLAG, path, "is neither a file nor a directory")
     return [path]
+
+
+def _below(directory: Path, above: set[Path]) -> Iterator[Path]:
+    """The ``*.txt`` files below ``directory``, also through links, but not through a link to one of the directories ``above``."""
+    try:
+        real, entries = directory.resolve(), list(directory.iterdir())
+    except OSError as error:
+        raise DataError(FLAG, directory, f"cannot be read: {error.strerror or error}") from None
+    if real in above:
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _below(entry, {*above, real})
+        elif entry.suffix == ".txt":
+            if not entry.exists():
+                raise DataError(FLAG, entry, "is a link to nothing", hint="remove it, or repair what it points to")
+            if entry.is_file():
+                yield entry
 
 
 def _read_text(file: Path) -> bytes:
@@ -260,4 +291,4 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise DataError(FLAG, file, f"cannot be read: {error.strerror}") from None
+        raise DataError(FLAG, file, f"cannot be read: {error.strerror or error}") from None

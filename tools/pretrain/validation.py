@@ -163,7 +163,7 @@ def _check_writable(flag: str, directory: str | None) -> None:
         raise UsageError(
             flag,
             directory,
-            f"cannot be written to: {error.strerror}",
+            f"cannot be written to: {error.strerror or error}",
             possible="a directory that is yours, or a new one",
             hint="give another one",
         ) from None
