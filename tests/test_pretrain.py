@@ -204,10 +204,11 @@ def test_other_ranks_are_silent(capsys):
 
 
 def test_the_table_folds_layers_and_counts_a_parameter_once():
-    fc1 = [Assignment(f"decoder.layers.{i}.mlp.fc1", "muon", (8, 4), "rows / tp 2", "owner") for i in (0, 1, 1, 10)]
+    where = (8, 4), "rows / tp 2", "owner", "a matrix"
+    fc1 = [Assignment(f"decoder.layers.{i}.mlp.fc1", "muon", *where) for i in (0, 1, 1, 10)]
     lines = startup_table([*fc1, Assignment("norm", "adamw", (4,), "whole", "elementwise")]).splitlines()
     assert [line.split() for line in lines[2:]] == [
-        "decoder.layers.*.mlp.fc1 3 muon 8 x 4 rows / tp 2 owner".split(),
+        "decoder.layers.*.mlp.fc1 3 muon 8 x 4 rows / tp 2 owner a matrix".split(),
         "norm 1 adamw 4 whole elementwise".split(),
         ["4", "parameters"],
     ]

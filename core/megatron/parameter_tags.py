@@ -7,7 +7,7 @@ For any other weight, say it yourself before the optimizer is built: ``p.matrix_
 weight, whatever the tensor parallelism. The sizes repeat over all rows, and what repeats is one matrix: (64, 64) on 512 rows are
 two matrices of 256 rows, eight times 64 are eight of 64. ``p.matrix_parts = (all rows,)`` keeps a fused weight one matrix. An
 attribute that a parameter already has wins over the split made here. ``p.use_muon = False`` leaves a weight to the Adam that
-stands beside a matrix optimizer.
+stands beside a matrix optimizer, and ``p.use_muon = True`` gives a weight to the matrix optimizer whatever it is called.
 """
 
 import re
@@ -21,7 +21,7 @@ from ..process_groups_config import ProcessGroupCollection
 from ..sharding.parameter_layout import layout_of
 from .upstream import LAYERS, lookup
 
-KEPT = {"matrix_parts": None, "use_muon": True, "is_embedding_or_output_parameter": False}
+KEPT = {"matrix_parts": None, "use_muon": None, "is_embedding_or_output_parameter": False}
 """Attributes, with what stands for them when they are not there, that float32 copies of 16-bit parameters must have too."""
 
 

@@ -120,16 +120,17 @@ def _groups(theirs: Any, config: Any) -> ProcessGroupCollection:
 
 
 def _their_keys(overrides: Mapping[ParamKey, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
-    key_cls, predicate_cls = lookup(CONFIG, "ParamKey", "ParamPredicate")
+    key_cls, *test_cls = lookup(CONFIG, "ParamKey", "ParamPredicate", "ParamWithNamePredicate")
 
-    def predicates(tests: Any) -> tuple[Any, ...]:
-        return tuple(predicate_cls(f"{PREFIX}{test.name}", test.fn) for test in _several(tests))
+    def tests(ours: Any, cls: Any) -> tuple[Any, ...]:
+        return tuple(cls(f"{PREFIX}{test.name}", test.fn) for test in (ours if isinstance(ours, tuple) else (ours,)))
 
     return {
-        key_cls(name=key.name, attr=key.attr, predicate=predicates(key.predicate)): dict(settings)
+        key_cls(
+            name=key.name,
+            attr=key.attr,
+            predicate=tests(key.predicate, test_cls[0]),
+            with_name_predicate=tests(key.with_name_predicate, test_cls[1]),
+        ): dict(settings)
         for key, settings in overrides.items()
     }
-
-
-def _several(x: Any) -> tuple[Any, ...]:
-    return x if isinstance(x, tuple) else (x,)

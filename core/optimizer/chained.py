@@ -1,6 +1,6 @@
 """Several optimizers, each with its own parameters, as one ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Assignment:
         shape: Shape of the whole parameter.
         sharding: Description of how the whole parameter is cut into shards.
         mode: Mode in which the optimizer combines the shards.
+        reason: Why it goes to this optimizer, in words; empty where nobody chose.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Assignment:
     shape: tuple[int, ...]
     sharding: str
     mode: str
+    reason: str = ""
 
 
 class ChainedOptimizer(Optimizer):
@@ -51,6 +53,7 @@ class ChainedOptimizer(Optimizer):
         pg_collection: Process groups of the model.
         bystanders: Name and parameter of all parameters of this rank, also frozen ones, by which a member without parameters
             here knows the ranks that its norms over the model are summed over.
+        reasons: Name of a parameter → why it goes to its optimizer.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class ChainedOptimizer(Optimizer):
         optimizers: dict[str, Optimizer],
         pg_collection: ProcessGroupCollection,
         bystanders: Sequence[tuple[str, Tensor]] = (),
+        reasons: Mapping[str, str] | None = None,
     ) -> None:
         self.pg_collection = pg_collection
+        self.reasons = dict(reasons or {})
         self._entries: tuple[Any, list[Entry]] = ((), [])
         self._shared: SharedGroups | None = None
         groups = [group for member in optimizers.values() for group in member.param_groups]
@@ -136,10 +141,11 @@ class ChainedOptimizer(Optimizer):
         """What happens to each parameter of this rank, for tables."""
         where = {id(p): (name, lay) for name, p, lay in self.entries()}
         return [
-            Assignment(where[id(p)][0], optimizer, where[id(p)][1].shape, where[id(p)][1].describe(), _mode(member, p))
+            Assignment(name, optimizer, lay.shape, lay.describe(), _mode(member, p), self.reasons.get(name, ""))
             for optimizer, member in self.members.items()
             for group in member.param_groups
             for p in group["params"]
+            for name, lay in [where[id(p)]]
         ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

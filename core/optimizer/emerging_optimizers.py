@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from ..process_groups_config import ProcessGroupCollection
 from .chained import ChainedOptimizer
 from .optimizer_config import OptimizerConfig
-from .param_key import ParamKey
 from .registry import (
     _EMERGING_OPTIMIZERS,
     EmergingOptimizerEntry,
@@ -32,6 +31,7 @@ from .registry import (
     needs_l2,
     register_optimizer,
 )
+from .roles import structural_overrides
 from .routing import Mask, Overrides, check_settings, named_parameters, param_groups, route
 from .rules.adaptive_muon import TensorParallelAdaptiveMuon
 from .rules.tensor_parallel_muon import TensorParallelMuon
@@ -80,16 +80,6 @@ def _create_emerging_optimizer(
     return entry.optimizer_cls(param_groups, **to_kwargs(config, model_chunks, pg_collection)), entry.init_state_fn
 
 
-def _embedding_names(model_chunks: Sequence[nn.Module]) -> tuple[str, ...]:
-    """Names of the weights of all ``nn.Embedding`` modules."""
-    return tuple(
-        f"{name}.weight".removeprefix(".")
-        for chunk in model_chunks
-        for name, module in chunk.named_modules()
-        if isinstance(module, nn.Embedding)
-    )
-
-
 def get_optimizer(
     config: OptimizerConfig,
     model_chunks: nn.Module | Sequence[nn.Module],
@@ -118,8 +108,9 @@ def get_optimizer(
     model_chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else model_chunks
     groups = ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
     defaults = entry_of(config.optimizer).default_param_overrides
-    if defaults and (tables := _embedding_names(model_chunks)):
-        defaults = {**defaults, ParamKey(name=tables): {"optimizer": "adam"}}
+    if defaults:
+        # The keys that stand first give the reasons.
+        defaults = {**structural_overrides(model_chunks, groups), **defaults}
     routed = route(config, model_chunks, defaults, param_overrides or {}, groups, weight_decay_mask)
     decoupled = {"adam": "adamw"} if config.decoupled_weight_decay else {}
     routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
@@ -141,4 +132,5 @@ def get_optimizer(
             "no parameter of the model, on any pipeline stage, requires a gradient; call requires_grad_(True) on those that are "
             "to be trained, before the optimizer is built."
         )
-    return ChainedOptimizer(members, groups, bystanders=named_parameters(model_chunks))
+    reasons = {r.name: r.reason for r in routed}
+    return ChainedOptimizer(members, groups, bystanders=named_parameters(model_chunks), reasons=reasons)

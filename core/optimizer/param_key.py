@@ -50,12 +50,17 @@ class ParamKey:
 
     def matches(self, param: torch.nn.Parameter, param_name: str) -> bool:
         """Whether the parameter is selected."""
-        return (
-            any(fnmatchcase(param_name, pattern) for pattern in _several(self.name))
-            or any(getattr(param, attr, False) for attr in _several(self.attr))
-            or any(test(param) for test in _several(self.predicate))
-            or any(test(param, param_name) for test in _several(self.with_name_predicate))
+        return self.why(param, param_name) is not None
+
+    def why(self, param: torch.nn.Parameter, param_name: str) -> str | None:
+        """The first pattern, attribute or test that selects the parameter, in words; None when the parameter is not selected."""
+        reasons = (
+            *(pattern for pattern in _several(self.name) if fnmatchcase(param_name, pattern)),
+            *(f".{attr}" for attr in _several(self.attr) if getattr(param, attr, False)),
+            *(test.name for test in _several(self.predicate) if test(param)),
+            *(test.name for test in _several(self.with_name_predicate) if test(param, param_name)),
         )
+        return next(iter(reasons), None)
 
     def __str__(self) -> str:
         """The selection in words, for errors."""

@@ -5,12 +5,14 @@ One line of :data:`_OPTIMIZERS` registers an optimizer: its class, and beside it
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor, nn
 
-from .param_key import ParamKey, ParamPredicate
+from .param_key import ParamKey, ParamWithNamePredicate
 from .rules.adafactor import Adafactor, AdafactorSR
 from .rules.adam import Adam, AdamW, RAdam
 from .rules.adamw_sr import AdamWSR
@@ -54,12 +56,33 @@ _NOT_A_MATRIX = ("*embed*", "*router*", "*output_layer.weight", "*lm_head.weight
 
 
 def _default_param_overrides_factory() -> dict[ParamKey, dict[str, Any]]:
-    """Route non-linear, embedding, output and router parameters to Adam."""
-    tests = (
-        ParamPredicate("nonlinear_or_embedding", _is_nonlinear_or_embedding),
-        ParamPredicate("use_muon=False", lambda param: getattr(param, "use_muon", True) is False),
-    )
-    return {ParamKey(name=_NOT_A_MATRIX, predicate=tests): {"optimizer": "adam"}}
+    """Route non-linear, embedding, output and router parameters to Adam; the attribute ``use_muon`` of a parameter wins."""
+    tests: dict[str, Callable[[Tensor, str], bool]] = {
+        "it is not 2-D": lambda param, _: param.ndim != 2,
+        "is_embedding_or_output_parameter": lambda param, _: getattr(param, "is_embedding_or_output_parameter", False),
+        "it has one row or column": lambda param, _: _is_one_vector(param),
+        **{f"name matches {pattern}": partial(_is_called, pattern) for pattern in _NOT_A_MATRIX},
+    }
+    predicates = [
+        ParamWithNamePredicate("use_muon=False", lambda param, _: getattr(param, "use_muon", None) is False),
+        *(ParamWithNamePredicate(why, partial(unless_asked_for, test)) for why, test in tests.items()),
+    ]
+    return {ParamKey(with_name_predicate=tuple(predicates)): {"optimizer": "adam"}}
+
+
+def unless_asked_for(test: Callable[[Tensor, str], bool], param: Tensor, name: str) -> bool:
+    """``test(param, name)``, but False where the user asks for the matrix optimizer by ``param.use_muon = True``."""
+    return getattr(param, "use_muon", None) is not True and bool(test(param, name))
+
+
+def _is_called(pattern: str, param: Tensor, name: str) -> bool:
+    return fnmatchcase(name, pattern)
+
+
+def _is_one_vector(param: Tensor) -> bool:
+    """Whether the whole of a 2-D parameter has one row or one column; a shard may have one row of many."""
+    cut = getattr(param, "partition_dim", -1) if getattr(param, "tensor_model_parallel", True) else -1
+    return param.ndim == 2 and any(size == 1 and dim != cut for dim, size in enumerate(param.shape))
 
 
 def _eopt_init_state_fn(opt: Any, config: Any = None) -> None:

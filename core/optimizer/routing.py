@@ -30,12 +30,14 @@ class Routed:
         param: The parameter.
         optimizer: Name of its optimizer.
         settings: Settings of its parameter group besides the optimizer's own defaults; ``lr`` before ``lr_mult``.
+        reason: Why it goes to this optimizer, in words.
     """
 
     name: str
     param: nn.Parameter
     optimizer: str
     settings: tuple[tuple[str, Any], ...]
+    reason: str = ""
 
 
 def route(
@@ -63,10 +65,16 @@ def route(
     routed = []
     for name, param in named.items():
         settings: dict[str, Any] = {} if param.ndim > 1 else {"wd_mult": 0.0}
-        settings |= _combine(name, param, defaults) | _combine(name, param, masked)
-        settings |= _combine(name, param, overrides)
+        reason = "it is a matrix" if defaults else f"{config.optimizer} takes every parameter"
+        if getattr(param, "use_muon", None) is True and defaults:
+            reason = "use_muon=True"
+        for source, said in ((defaults, ""), (masked, ""), (overrides, "override ")):
+            combined, by = _combine(name, param, source)
+            settings |= combined
+            if "optimizer" in combined:
+                reason = f"{said}{by['optimizer'].why(param, name)}"
         optimizer = settings.pop("optimizer", config.optimizer)
-        routed.append(Routed(name, param, optimizer, _group_settings(config, settings)))
+        routed.append(Routed(name, param, optimizer, _group_settings(config, settings), reason))
     return routed
 
 
@@ -144,7 +152,8 @@ def _by_patterns(patterns: tuple[str, ...]) -> Callable[[str, nn.Parameter], boo
     return decayed
 
 
-def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> dict[str, Any]:
+def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> tuple[dict[str, Any], dict[str, ParamKey]]:
+    """The settings of all ``overrides`` that select the parameter, and for each the first of them that sets it."""
     combined: dict[str, Any] = {}
     by: dict[str, ParamKey] = {}
     for key, settings in overrides.items():
@@ -159,8 +168,8 @@ def _combine(name: str, param: nn.Parameter, overrides: Overrides) -> dict[str, 
                     f"{setting}={value!r}; make one of them match less."
                 )
             combined[setting] = value
-            by[setting] = key
-    return combined
+            by.setdefault(setting, key)
+    return combined, by
 
 
 def _check_matches(

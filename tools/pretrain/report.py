@@ -44,17 +44,17 @@ class Record:
 
 
 def startup_table(assignments: Iterable[Assignment]) -> str:
-    """A table of the parameters: count, optimizer, whole shape, sharding and mode; layer numbers are folded into ``*``.
+    """A table of the parameters: count, optimizer, whole shape, sharding, mode and why; layer numbers are folded into ``*``.
 
     Args:
         assignments: Assignments of all ranks; the same parameter may occur several times.
     """
     unique = {a.name: a for a in assignments}
     rows = Counter(
-        (re.sub(r"\.\d+\.", ".*.", a.name), a.optimizer, " x ".join(map(str, a.shape)), a.sharding, a.mode)
+        (re.sub(r"\.\d+\.", ".*.", a.name), a.optimizer, " x ".join(map(str, a.shape)), a.sharding, a.mode, a.reason)
         for a in unique.values()
     )
-    head = ("parameter", "count", "optimizer", "whole shape", "sharded", "mode")
+    head = ("parameter", "count", "optimizer", "whole shape", "sharded", "mode", "why")
     lines = format_rows([head, *((key[0], str(count), *key[1:]) for key, count in rows.items())])
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], f"{len(unique)} parameters"])
 
