@@ -1,6 +1,7 @@
 """Flags: defaults, the YAML file, who wins, and values of the wrong kind."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -255,3 +256,28 @@ def test_help_groups_settings_by_optimizer(toy, capsys):
     assert "--toy-betas VALUE" in own
     assert "betas (default: 0.9 0.99)" in own
     assert "--no-toy-exact" in own
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("16", ""),
+        ("*linear*.weight", ""),
+        (
+            "17",
+            "expect=17: only 16 matrices .*embedding.word_embeddings.weight 264 x 128 goes to adamw .it is an embedding.",
+        ),
+        ("*norm*", "input_layernorm.weight 128 goes to adamw .it is not 2-D."),
+        ("encoder.*", "matches no parameter"),
+        ("0", "expects nothing"),
+    ],
+)
+@pytest.mark.parametrize("by_file", [False, True])
+def test_expected_matrices_are_counted_before_anything_begins(config, value, said, by_file):
+    line = config(f"expect_matrix_params: {value if value.isdecimal() else repr(value)}\n")
+    args = parse_arguments(line if by_file else ["--expect-matrix-params", value])
+    if not said:
+        check_rules(args, gpt_config(args, vocab_size=264))
+        return
+    with pytest.raises(UsageError, match=f"--expect-matrix-params '?{re.escape(value)}'?: .*{said}"):
+        check_rules(args, gpt_config(args, vocab_size=264))

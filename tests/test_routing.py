@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from core.optimizer.emerging_optimizers import get_optimizer
+from core.optimizer.expectation import UnexpectedRoutingError
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from core.process_groups_config import ProcessGroupCollection
 
@@ -273,6 +274,15 @@ class Stage(nn.Module):
 def test_a_head_is_known_by_the_table_of_another_stage(world):
     groups = ProcessGroupCollection.from_mesh(world.mesh((2,), ("pp",)))
     assert in_adam(Stage(world.rank), pg_collection=groups) == {("table", "to_words")[world.rank]}
+    for expect in (2, "layers.*.up.weight", "layers.1.*"):
+        in_adam(Stage(world.rank), pg_collection=groups, expect=expect)
+    for expect, said in {
+        3: "expect=3: only 2 matrices.*table.weight 40 x 12 goes to adamw .it is an embedding.; to_words.weight 40 x 12 goes",
+        "*o*.weight": "1 of the 1 parameters.*to_words.weight",
+        "decoder.*": "matches no parameter.*'layers.0.up.weight'",
+    }.items():
+        with pytest.raises(UnexpectedRoutingError, match=said):
+            in_adam(Stage(world.rank), pg_collection=groups, expect=expect)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -284,6 +294,21 @@ def test_one_row_of_many_is_no_vector(world):
         p.tensor_model_parallel, p.partition_dim = True, 0
         tree.register_parameter(name, p)
     assert in_adam(tree, pg_collection=groups) == {"column"}
+
+
+def test_expectations_of_one_process():
+    tree = model({"table": TABLE, **BLOCK, "output": HEAD})
+    in_adam(tree, expect=3)
+    in_adam(tree, expect="layers.*.weight")
+    with pytest.raises(ValueError, match="at least 1"):
+        in_adam(tree, expect=0)
+    tree.layers.get_submodule("0.attention.wq").weight.requires_grad = False
+    with pytest.raises(
+        UnexpectedRoutingError, match=r"only 2 .*wq.weight 12 x 12 goes to no optimizer \(it requires no gradient\)"
+    ):
+        in_adam(tree, expect=3)
+    with pytest.raises(UnexpectedRoutingError, match="expect=1: only 0"):
+        get_optimizer(OptimizerConfig(optimizer="lion", lr=0.01), tree, expect=1)
 
 
 def small(kind: str) -> nn.Module:

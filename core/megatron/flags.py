@@ -9,7 +9,7 @@ from ..optimizer import registry as ours
 from ..optimizer.steps.constructor_settings import Setting
 from .refusals import REPLACED, runs_flat
 from .registration import name_of, replace_muon
-from .settings import EXACT, PREFIX, SPLIT_HEADS, TP_MODE
+from .settings import EXACT, EXPECT, PREFIX, SPLIT_HEADS, TP_MODE
 from .upstream import ARGUMENTS, CONFIG, lookup, patch
 
 REPLACE = "--shardstep-replace-muon"
@@ -59,6 +59,8 @@ def _check_taken(args: argparse.Namespace, name: str | None) -> None:
     """Refuse settings that belong to another optimizer than ``name``: they would be accepted and have no effect."""
     taken = {PREFIX + field for field in ours.settings_of(name)} if name else set()
     known = {PREFIX + field for field in ours.all_settings()}
+    if name is None:
+        known.add(EXPECT)
     lost = sorted(given for given in known & vars(args).keys() - taken if getattr(args, given) is not None)
     if lost:
         flags = ", ".join(_option(given.removeprefix(PREFIX)) for given in lost)
@@ -88,6 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         _option(SPLIT_HEADS),
         action="store_true",
         help="Muon: orthogonalize each head of attention by itself (default: all heads of a kind together)",
+    )
+    plain = _option(EXPECT.removeprefix(PREFIX))
+    group.add_argument(
+        _option(EXPECT) if plain in parser._option_string_actions else plain,
+        dest=EXPECT,
+        metavar="N|PATTERN",
+        help="fail at the start when fewer than N matrices of the model, or not all parameters whose names match PATTERN, go to "
+        "an optimizer of matrices",
     )
     settings = {field: setting for name in names for field, setting in ours.settings_of(name).items()}
     before = set(parser._option_string_actions)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from ..optimizer import registry as ours
 from ..optimizer.optimizer_config import ParamKey
 from ..process_groups_config import ProcessGroupCollection
+from .expected_matrices import check_expected_matrices
 from .flat_ranges import flat_optimizer
 from .layer_wise import keep_together
 from .mup import follow_width
@@ -68,6 +69,8 @@ def _optimizer(
             apart.
     """
     name = name_of(config.optimizer)
+    if name is not None:
+        check_expected_matrices(name, config, model_chunks, config_overrides, pg_collection)
     if not is_flat(config) or config.optimizer.startswith("dist_"):
         return theirs(config, model_chunks, config_overrides, pg_collection)
     if name is None:

@@ -12,6 +12,7 @@ PREFIX = "shardstep_"
 
 TP_MODE = f"{PREFIX}tp_mode"
 SPLIT_HEADS = f"{PREFIX}split_heads"
+EXPECT = f"{PREFIX}expect_matrix_params"
 EXACT = (*exact_modes(), AUTO)
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection
+from ..sharding.parameter_layout import layout_of
 from .chained import ChainedOptimizer
+from .expectation import Choice, check_expected
 from .optimizer_config import OptimizerConfig
 from .registry import (
     _EMERGING_OPTIMIZERS,
@@ -32,7 +34,7 @@ from .registry import (
     register_optimizer,
 )
 from .roles import structural_overrides
-from .routing import Mask, Overrides, check_settings, named_parameters, param_groups, route
+from .routing import Mask, Overrides, Routed, check_settings, named_parameters, param_groups, route
 from .rules.adaptive_muon import TensorParallelAdaptiveMuon
 from .rules.tensor_parallel_muon import TensorParallelMuon
 from .steps.weight_decay import METHOD
@@ -86,6 +88,7 @@ def get_optimizer(
     pg_collection: ProcessGroupCollection | None = None,
     param_overrides: Overrides | None = None,
     weight_decay_mask: Mask | None = None,
+    expect: int | str | None = None,
 ) -> ChainedOptimizer:
     """Build the optimizer of a model; ``config.optimizer``, its entry's overrides and ``param_overrides`` select it by parameter.
 
@@ -98,10 +101,14 @@ def get_optimizer(
             over the entry's own.
         weight_decay_mask: Which parameters get weight decay: ``mask(name, param)``, or patterns of names, of which
             ``"!*.bias"`` excludes; None: those that are not 1-D. Overrides that set ``wd_mult`` win over it.
+        expect: Least number of matrices that must go to an optimizer of matrices, over all pipeline stages; or a glob pattern of
+            the names that must. An optimizer of matrices is one that leaves other parameters to Adam.
 
     Raises:
         ValueError: for an unknown name, a missing learning rate, a model without trainable parameters, or overrides that
             contradict each other or match nothing.
+        UnexpectedRoutingError: on all ranks, when parameters do not go where ``expect`` says; lists them, and why. It is a
+            ValueError too.
     """
     if config.lr is None:
         raise ValueError("config.lr is None; give the learning rate.")
@@ -114,6 +121,9 @@ def get_optimizer(
     routed = route(config, model_chunks, defaults, param_overrides or {}, groups, weight_decay_mask)
     decoupled = {"adam": "adamw"} if config.decoupled_weight_decay else {}
     routed = [replace(r, optimizer=decoupled.get(r.optimizer, r.optimizer)) for r in routed]
+    if expect is not None:
+        choices = groups.domain((groups.axis("pp"),)).gather(_choices(model_chunks, routed, groups))
+        check_expected(expect, list({choice.name: choice for stage in choices for choice in stage}.values()))
     members: dict[str, Optimizer] = {}
     stages = groups.domain((groups.axis("pp"),)).gather(list(dict.fromkeys(r.optimizer for r in routed)))
     # All stages use one order, because a norm over the whole model is a collective of its own.
@@ -134,3 +144,19 @@ def get_optimizer(
         )
     reasons = {r.name: r.reason for r in routed}
     return ChainedOptimizer(members, groups, bystanders=named_parameters(model_chunks), reasons=reasons)
+
+
+def _choices(
+    model_chunks: Sequence[nn.Module], routed: Sequence[Routed], groups: ProcessGroupCollection
+) -> list[Choice]:
+    """What was chosen for each parameter of this rank; nothing for those that are frozen."""
+    chosen = {id(r.param): r for r in routed}
+    choices = []
+    for name, p in named_parameters(model_chunks):
+        shape = layout_of(p, groups, name=name).shape
+        if (r := chosen.get(id(p))) is None:
+            choices.append(Choice(name, shape, "no optimizer", "it requires no gradient", False))
+        else:
+            by_matrix = p.ndim == 2 and bool(entry_of(r.optimizer).default_param_overrides)
+            choices.append(Choice(r.name, shape, r.optimizer, r.reason, by_matrix))
+    return choices

@@ -22,7 +22,7 @@ from core.optimizer.steps.weight_decay import METHODS
 from core.sharding.tp_modes import AUTO, TP_MODES, tp_mode_names
 
 from ..usage import UsageError, nearest
-from .flags import NOT_NEGATIVE, POSITIVE, SHARE, Flag, count, number, switch, text, words
+from .flags import NOT_NEGATIVE, POSITIVE, SHARE, Flag, count, count_or_text, number, switch, text, words
 from .model import NORMALIZATIONS
 from .parallel import SCHEDULES
 from .schedule_flags import ScheduleArguments
@@ -74,6 +74,9 @@ class Arguments(ScheduleArguments):
     adaptive_muon_eps: float = number(1e-8, "epsilon of that second moment", POSITIVE, hint="1e-8 is usual")
     clip_grad: float = number(1.0, "largest global gradient norm; 0: no clipping", NOT_NEGATIVE, hint="1 is usual")
     param_override: tuple[str, ...] = words("rules NAME_PATTERN=OPTIMIZER or NAME_PATTERN=key:value,...")
+    expect_matrix_params: str | None = count_or_text(
+        "N or NAME_PATTERN: fail at the start when fewer matrices, or not all of these, go to an optimizer of matrices"
+    )
 
     # the model
     num_layers: int = count(4, "transformer layers")

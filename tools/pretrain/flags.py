@@ -44,6 +44,7 @@ class Flag:
         range: Bounds of a number.
         choices: Function that lists the texts that are possible, where they are not known beforehand; None: the setting's.
         hint: What to do, said when a value is refused.
+        also_count: Whether a text may also be a whole number, which a YAML file does not hold as a text.
     """
 
     help: str
@@ -51,6 +52,7 @@ class Flag:
     range: Range = Range()
     choices: Callable[[], Sequence[str]] | None = None
     hint: str = "see --help"
+    also_count: bool = False
 
     @property
     def texts(self) -> Sequence[str]:
@@ -87,6 +89,8 @@ class Flag:
 
     def _one(self, raw: Any, source: str) -> Any:
         kind = self.setting.kind
+        if self.also_count and isinstance(raw, int) and not isinstance(raw, bool):
+            raw = str(raw)
         if texts := self.texts:
             if raw not in texts:
                 hint = nearest(str(raw), texts) or self.hint
@@ -117,6 +121,11 @@ def text(default: str | None, help: str, choices: Sequence[str] | Callable[[], S
     listed = () if callable(choices) else tuple(choices)
     setting = Setting("", str, choices=listed, optional=default is None)
     return _field(default, Flag(help, setting, choices=choices if callable(choices) else None))
+
+
+def count_or_text(help: str) -> Any:
+    """A field of a whole number or any text, both as text; None by default."""
+    return _field(None, Flag(help, Setting("", str, optional=True), also_count=True))
 
 
 def number(default: float | None, help: str, range: Range, hint: str) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 
 from core.optimizer.chained import ChainedOptimizer
 from core.optimizer.emerging_optimizers import get_optimizer
+from core.optimizer.expectation import UnexpectedRoutingError
 from core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from core.optimizer.registry import list_optimizers, takers_of
 from core.process_groups_config import ProcessGroupCollection
@@ -112,13 +113,23 @@ def build_optimizer(
 
     Raises:
         UsageError: A rule matches nothing, two rules disagree about a parameter, an optimizer of matrices gets another
-            tensor, the split of a fused matrix does not add up, or a parameter has no optimizer.
+            tensor, the split of a fused matrix does not add up, a parameter has no optimizer, or parameters do not go where
+            ``--expect-matrix-params`` says.
     """
     overrides = param_overrides(args.param_override)
+    asked = args.expect_matrix_params
+    expect = int(asked) if asked and asked.isdecimal() else asked
+    if expect == 0:
+        possible = "a whole number >= 1, or a pattern of parameter names"
+        raise UsageError(
+            flag_of("expect_matrix_params"), asked, "expects nothing", possible=possible, hint="leave it out"
+        )
     try:
         optimizer = get_optimizer(
-            optimizer_config(args), model_chunks, groups, overrides, args.weight_decay_mask or None
+            optimizer_config(args), model_chunks, groups, overrides, args.weight_decay_mask or None, expect
         )
+    except UnexpectedRoutingError as error:
+        raise UsageError(flag_of("expect_matrix_params"), repr(asked), str(error)) from error
     except ValueError as error:
         flag_and_value = (
             (FLAG, " ".join(map(repr, args.param_override))) if overrides else ("--optimizer", args.optimizer)
