@@ -12,9 +12,10 @@ from core.optimizer import emerging_optimizers
 from core.optimizer.emerging_optimizers import EmergingOptimizerEntry, get_optimizer, register_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from tools.pretrain.arguments import FLAGS, Arguments, flag_of, parse_arguments, setting_flags
+from tools.pretrain.launch import Launch, Machine
 from tools.pretrain.param_rules import check_rules, optimizer_config
 from tools.pretrain.resume import changed_flags
-from tools.pretrain.validation import gpt_config
+from tools.pretrain.validation import gpt_config, validate
 from tools.usage import UsageError
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
@@ -281,3 +282,11 @@ def test_expected_matrices_are_counted_before_anything_begins(config, value, sai
         return
     with pytest.raises(UsageError, match=f"--expect-matrix-params '?{re.escape(value)}'?: .*{said}"):
         check_rules(args, gpt_config(args, vocab_size=264))
+
+
+@pytest.mark.parametrize("other", ["backward", "bubble"])
+def test_a_probed_step_is_taken_by_all_ranks_together(other):
+    line = f"--probe-first-step --overlap-optimizer-with-{other}"
+    line += " --clip-grad 0" if other == "backward" else " --pipeline-model-parallel-size 2"
+    with pytest.raises(UsageError, match=f"--probe-first-step: with --overlap-optimizer-with-{other}"):
+        validate(parse_arguments(line.split()), Launch(), Machine(gpus=0))

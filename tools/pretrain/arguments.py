@@ -77,6 +77,7 @@ class Arguments(ScheduleArguments):
     expect_matrix_params: str | None = count_or_text(
         "N or NAME_PATTERN: fail at the start when fewer matrices, or not all of these, go to an optimizer of matrices"
     )
+    probe_first_step: bool = switch(False, "compare the first step with the unsharded one; stop if it is another")
 
     # the model
     num_layers: int = count(4, "transformer layers")

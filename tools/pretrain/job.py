@@ -27,6 +27,7 @@ from core.checkpoint import Background, CheckpointError
 from core.checkpoint.together import joined
 from core.faults import FaultError, Guard, Verdict, check_state
 from core.optimizer.early_step import EarlyStep
+from core.optimizer.probe import ProbeError, probe
 from core.optimizer.rules.sophia import Sophia
 from core.optimizer.steps.global_norm import global_norm
 from core.process_groups_config import ProcessGroupCollection
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             process_group(args, launch, plan) as (mesh, heartbeat),
         ):
             Job(args, plan, corpus, mesh, launch, heartbeat).run(exits)
-    except (UsageError, CheckpointError, FaultError) as error:
+    except (UsageError, CheckpointError, FaultError, ProbeError) as error:
         refuse(error, rank=launch.rank)
     except LostRankError as error:
         if launch.rank != error.speaker:
@@ -183,6 +184,8 @@ class Job:
             self.guard.load_state_dict(start.faults)
         self._say(*start.notes)
         self.optimizer.train()
+        if args.probe_first_step:
+            probe(self.optimizer, tell=self._say)
         members = self.optimizer.members.items()
         local_curvatures = [(name, m.estimator, m.hessian_interval) for name, m in members if isinstance(m, Sophia)]
         self._curvatures = list(dict.fromkeys(joined(local_curvatures)))
@@ -208,6 +211,7 @@ class Job:
 
         Raises:
             FaultError: A gradient, the loss or state is not finite, or too many steps were left out; on all ranks.
+        ProbeError: With ``--probe-first-step``, when the first step is not the unsharded one; on all ranks.
             CheckpointError: A checkpoint cannot be written; earlier ones stay as they are.
         """
         args = self.args

@@ -98,6 +98,10 @@ def _check_machine(args: Arguments, launch: Launch, machine: Machine) -> str:
     if args.overlap_optimizer_with_bubble and args.pipeline_model_parallel_size == 1:
         flag, problem = "--overlap-optimizer-with-bubble", "without a pipeline there is no bubble"
         raise UsageError(flag, None, problem, possible="--pipeline-model-parallel-size 2 or more", hint="leave it out")
+    for name in ("overlap_optimizer_with_backward", "overlap_optimizer_with_bubble"):
+        if args.probe_first_step and getattr(args, name):
+            problem = f"with {flag_of(name)} the ranks do not take the step together"
+            raise UsageError("--probe-first-step", None, problem, hint="leave one of the two out")
     if args.use_triton and not machine.gpus:
         problem = "Triton kernels run on a GPU, and torch sees none"
         raise UsageError("--use-triton", None, problem, hint="leave it out: torch's own kernels serve the CPU")
