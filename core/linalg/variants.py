@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,16 @@ its error is a little above that of emerging-optimizers."""
 MAX_SLOPE_OF_LONG_GROUPS = 35.0
 """Product of the coefficients ``a`` of the first two iterations (the polynomial's slope at 0) up to which three iterations
 share a Gram matrix (:func:`coarse_restarts`). It lies between ``polar_express`` (33.4) and ``cans`` (35.4), alone above."""
+
+
+@cache
+def is_fast_in_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones.
+
+    On x86 it takes matrix units (AMX): without them oneDNN converts, at a half to a sixtieth of the float32 speed.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("architecture") != "x86_64" or bool(capabilities.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,11 @@ def variant_for(
     coefs: Coefficients,
     *,
     whole: bool = True,
+    fast_in_bfloat16: bool | None = None,
 ) -> Variant:
     """The static rule: the cheapest variant whose error is not above that of emerging-optimizers in this arithmetic.
 
-    A pure function of its arguments, so that all ranks choose alike.
+    A pure function of its arguments, so that ranks that give equal ones choose alike.
 
     Args:
         shape: (m, n) of the whole matrix.
@@ -113,6 +125,8 @@ def variant_for(
         device: Device of the matrices.
         coefs: Coefficients of each iteration.
         whole: Whether this rank has the whole matrix; if not, Gram matrices are summed over ranks, in float32 at least.
+        fast_in_bfloat16: What :func:`is_fast_in_bfloat16` says on all ranks that compute the matrix; None: on this one. Read
+            for matrices on CPU only.
     """
     m, n = sorted(shape)
     gram_is_cheaper = n >= MIN_GRAM_RATIO * m
@@ -121,7 +135,12 @@ def variant_for(
             return Variant("gram", torch.float32, coarse_restarts(coefs))
         if device.type == "cpu" and m * m * n <= MAX_FLOAT32_MULTIPLICATIONS:
             return Variant("classic", torch.float32)
-        # On CUDA, float16 products are as fast as bfloat16 ones, with an eighth of the rounding; CPUs are fast in bfloat16 only.
+        if device.type == "cpu" and not (is_fast_in_bfloat16() if fast_in_bfloat16 is None else fast_in_bfloat16):
+            in_gram = gram_is_cheaper and m >= MIN_GRAM_ROWS
+            return (
+                Variant("gram", torch.float32, coarse_restarts(coefs)) if in_gram else Variant("classic", torch.float32)
+            )
+        # On CUDA, float16 products are as fast as bfloat16 ones, with an eighth of the rounding; no CPU is fast in float16.
         if device.type != "cuda":
             return Variant("classic", torch.bfloat16)
         if gram_is_cheaper:

@@ -21,7 +21,8 @@ from ...cost.auto import Choice, Rates, choices
 from ...linalg.autotune import Plan, plan_for
 from ...linalg.matmul_precision import compute_dtype
 from ...linalg.newton_schulz import coefficients, newton_schulz, relative_cost
-from ...process_groups_config import ProcessGroupCollection, by_name
+from ...linalg.variants import is_fast_in_bfloat16, variant_for
+from ...process_groups_config import ProcessGroupCollection, by_name, gather
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import layout_of, local
 from ...sharding.requests import Rule
@@ -118,6 +119,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         self.auto_rates = auto_rates
         self.ns_plan = ns_plan
         self._plan: Plan | None = None
+        self._fast_in_bfloat16: bool | None = None
         self.split_qkv = split_qkv
         self.is_qkv_fn = is_qkv_fn or (lambda p: bool(getattr(p, "is_qkv", False)))
         self.qkv_split_shapes = qkv_split_shapes
@@ -201,6 +203,15 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
 
         def of_matrix(x: Tensor, matrix: Layout) -> Rule:
             variant = self._plan.get((matrix.shape[0], matrix.shape[1])) if self._plan and matrix.is_whole else None
+            variant = variant or variant_for(
+                matrix.shape,
+                x.dtype,
+                precision,
+                x.device,
+                self._coefs,
+                whole=matrix.is_whole,
+                fast_in_bfloat16=self._fast_in_bfloat16,
+            )
             factor = scale(*matrix.shape) if scale else 1.0
             return newton_schulz(
                 x, matrix, coefs=self._coefs, precision=precision, scale=factor, eps=self._norm_eps, variant=variant
@@ -214,6 +225,8 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
 
     def _choice(self, lay: Layout) -> Choice:
         """Mode for matrices of layout ``lay``. All ranks that share parameters must call this in the same order."""
+        if self._fast_in_bfloat16 is None:
+            self._fast_in_bfloat16 = self._all_fast_in_bfloat16()
         if self.ns_plan != "static" and self._plan is None:
             params = [p for group in self.param_groups for p in group["params"]]
             self._plan = plan_for(
@@ -267,6 +280,17 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         if isinstance(made, ValueError):
             raise made
         return cast(Plan, made)
+
+    def _all_fast_in_bfloat16(self) -> bool:
+        """Whether all ranks that may compute the same matrix are fast in bfloat16; one that is not decides for all."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        fast = is_fast_in_bfloat16()
+        if any(local(p).is_cpu for p in params) and self.fp32_matmul_prec == "medium":
+            layouts = [layout_of(p, self._groups, name=self._name(p)) for p in params]
+            axes = {axis.ranks: axis for lay in layouts for one in (*lay.axes, *lay.copies) for axis in one.of_mesh}
+            for axis in by_name(tuple(axes.values())):
+                fast = all(gather(fast, axis.group)) if axis.size > 1 else fast
+        return fast
 
     def _travels_in(self, p: Tensor) -> torch.dtype:
         return compute_dtype(torch.promote_types(p.dtype, torch.float32), self.fp32_matmul_prec)
