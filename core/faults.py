@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import engine
+from .eager import runs_eagerly
 from .optimizer.chained import ChainedOptimizer
 from .optimizer.clip import NonFiniteGradientError
 from .process_groups_config import gather
@@ -97,6 +98,7 @@ class Guard:
         self._taken: dict[str, deque[float]] = {name: deque(maxlen=window) for name in self._spikes}
         self.skipped = self.in_a_row = 0
 
+    @runs_eagerly
     def judge(self, step: int, loss: float, *, max_norm: float = 0.0, total: Tensor | None = None) -> Verdict:
         """Decide about the step whose gradients are in ``.grad``; clips the gradients and mutates nothing else.
 
@@ -176,6 +178,7 @@ class Guard:
         return f"step {step}: {_listed(faults)}" if faults else f"step {step}: gradient norm overflows float64"
 
 
+@runs_eagerly
 def check_state(optimizer: ChainedOptimizer, step: int) -> None:
     """Check that all weights and all optimizer state are finite; all ranks of the default process group call it.
 

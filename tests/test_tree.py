@@ -19,7 +19,8 @@ MAX_LINES = 400
 
 # Files and folders, the deepest that is named counts. Each may import what stands in the rows above its own, and itself.
 LAYERS = (
-    {"cache_blocks", "module_names", "process_groups_config", "schedule"},
+    {"cache_blocks", "eager", "module_names", "process_groups_config"},
+    {"schedule"},
     {"sharding"},
     {"engine", "philox"},
     {"linalg", "precision"},

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import engine
+from ..eager import runs_eagerly
 from ..process_groups_config import ProcessGroupCollection
 from ..sharding.parameter_layout import layout_of
 from .clip import clip_grad_norm_, clip_grad_value_
@@ -89,6 +90,7 @@ class ChainedOptimizer(Optimizer):
         """The members."""
         return list(self.members.values())
 
+    @runs_eagerly
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step with the gradients in ``.grad``; mutates parameters and state. Returns what ``closure`` returned."""
@@ -107,15 +109,18 @@ class ChainedOptimizer(Optimizer):
         """Put the weights for evaluation into the parameters, in place; :meth:`train` reverts it."""
         self._switch("eval")
 
+    @runs_eagerly
     def _switch(self, to: str) -> None:
         for member in self.optimizers:
             if hasattr(member, to):
                 getattr(member, to)()
 
+    @runs_eagerly
     def clip_grad_norm_(self, max_norm: float, total: Tensor | None = None) -> float:
         """Clip the gradients of all members by their global norm; see :func:`clip.clip_grad_norm_`."""
         return clip_grad_norm_(self.entries(), max_norm, self.pg_collection, total)
 
+    @runs_eagerly
     def clip_grad_value_(self, max_value: float) -> None:
         """Clamp the gradients of all members; see :func:`clip.clip_grad_value_`."""
         clip_grad_value_(self.entries(), max_value)
@@ -148,6 +153,7 @@ class ChainedOptimizer(Optimizer):
             for name, lay in [where[id(p)]]
         ]
 
+    @runs_eagerly
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the member that its entry ``optimizer`` names, which a chain of one member does not need.
 
@@ -161,12 +167,14 @@ class ChainedOptimizer(Optimizer):
         else:
             self._shared.add(param_group)
 
+    @runs_eagerly
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`ShardedStep.state_dict`, of all members."""
         apply(pending(self.optimizers))
         with without_gone(self):
             return super().state_dict()
 
+    @runs_eagerly
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As :meth:`ShardedStep.load_state_dict`, for all members."""
         load_state(self, state_dict, super().load_state_dict)

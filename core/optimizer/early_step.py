@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import engine
+from ..eager import runs_eagerly
 from ..sharding.parameter_layout import check_gradient, local_gradient
 from .chained import ChainedOptimizer, finish_step
 from .members import members_of
@@ -61,6 +62,7 @@ class EarlyStep:
         known = None if norm is None else torch.tensor(norm, dtype=torch.float64)
         self._factor = 1.0 if known is None or not clip_grad else float(clip_factor(known, clip_grad))
 
+    @runs_eagerly
     def __enter__(self) -> Self:
         """Register hooks on the gradients."""
         self._members: list[Any] = list(members_of(self._optimizer))
@@ -74,6 +76,7 @@ class EarlyStep:
         self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in params if p.requires_grad]
         return self
 
+    @runs_eagerly
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -94,6 +97,7 @@ class EarlyStep:
                 "some parameters have taken it. Load the last checkpoint, and change the optimizer outside of the context."
             )
 
+    @runs_eagerly
     @torch.no_grad()
     def _ready(self, p: Tensor) -> None:
         check_gradient(p)

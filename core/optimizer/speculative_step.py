@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..eager import runs_eagerly
 from ..sharding.parameter_layout import local
 from .chained import ChainedOptimizer
 from .steps.bookkeeping import make_ready
@@ -47,6 +48,7 @@ class SpeculativeStep:
         self._copies: list[Tensor] = []
         self._taken = False
 
+    @runs_eagerly
     @torch.no_grad()
     def step(self) -> None:
         """Take the step; mutates parameters and state."""
@@ -60,6 +62,7 @@ class SpeculativeStep:
         self._taken = True
         self._optimizer.step()
 
+    @runs_eagerly
     @torch.no_grad()
     def undo(self) -> None:
         """Restore parameters, state and settings from before :meth:`step`, in place; gradients are left alone."""

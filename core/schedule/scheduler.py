@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..eager import runs_eagerly
 from .registry import Schedule, make_schedule, schedule_parameters
 
 
@@ -70,6 +71,7 @@ class ScheduleLR(LRScheduler):
         """Factor of the peak of parameter group number ``group`` at the present step."""
         return self.schedules[group](self.last_epoch)
 
+    @runs_eagerly
     def step(self, epoch: int | None = None) -> None:
         super().step(epoch)
         self._set_momentum()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ...eager import runs_eagerly
 from ...sharding.parameter_layout import local
 from ..members import members_of
 from ..steps.argument_checks import choice
@@ -68,6 +69,7 @@ class FunctionalOptimizer:
         self._params: dict[str, nn.Parameter] = {}
         self._key: Any = None
 
+    @runs_eagerly
     @torch.no_grad()
     def init(self, params: Tensors) -> OptimizerState:
         """State before the first step.
@@ -91,6 +93,7 @@ class FunctionalOptimizer:
         """
         return self.apply(params, grads, state, none_grads="skip")
 
+    @runs_eagerly
     @torch.no_grad()
     def apply(
         self,

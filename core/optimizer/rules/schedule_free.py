@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ...eager import runs_eagerly
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.parameter_layout import local
 from ...sharding.state import StateSpec
@@ -86,11 +87,13 @@ class ScheduleFree(ElementwiseStep):
                         f"checkpoint was saved. Call its train() before the forward pass of a training step."
                     )
 
+    @runs_eagerly
     @torch.no_grad()
     def train(self) -> None:
         """Put y, the weights to train with, into the parameters, in place; no effect in training mode."""
         self._interpolate(evaluating=False)
 
+    @runs_eagerly
     @torch.no_grad()
     def eval(self) -> None:
         """Put the average x into the parameters, in place, to evaluate or export; no effect in evaluation mode."""

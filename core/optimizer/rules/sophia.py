@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ...eager import runs_eagerly
 from ...philox import Key, rademacher
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.parameter_layout import check_gradient, local, local_gradient
@@ -92,6 +93,7 @@ class Sophia(ElementwiseStep):
         torch._foreach_clamp_max_(steps, 1.0)
         torch._foreach_add_(params, steps, alpha=-lr)
 
+    @runs_eagerly
     @torch.no_grad()
     def update_hessian(
         self,
@@ -163,6 +165,7 @@ class Sophia(ElementwiseStep):
             estimates.append(None if product is None else local(u) * local(product))
         self._take(params, estimates)
 
+    @runs_eagerly
     def probes(self) -> list[Tensor]:
         """Random signs u of the next estimate, for each parameter in the order of the groups and laid out like it."""
         self.take_state()

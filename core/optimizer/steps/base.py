@@ -9,6 +9,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import engine
+from ...eager import runs_eagerly
 from ...process_groups_config import ProcessGroupCollection
 from ...sharding.layout import Layout
 from ...sharding.parameter_layout import check_gradient, layout_of
@@ -126,6 +127,7 @@ class ShardedStep(Optimizer):
         """Name, for tables, of the mode in which the shards of ``p`` are combined."""
         return "elementwise"
 
+    @runs_eagerly
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step with the gradients in ``.grad``; mutates parameters and state.
@@ -202,12 +204,14 @@ class ShardedStep(Optimizer):
         apply(pending((self,)))
         self._ready = True
 
+    @runs_eagerly
     def state_dict(self) -> dict[str, Any]:
         """As in torch, for the parameters that the groups have now."""
         self.take_state()
         with without_gone(self):
             return super().state_dict()
 
+    @runs_eagerly
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state tensors keep their dtype and are copied; when the new state does not fit, nothing changes.
 
@@ -216,6 +220,7 @@ class ShardedStep(Optimizer):
         """
         load_state(self, state_dict, super().load_state_dict)
 
+    @runs_eagerly
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, and makes the state of the new parameters; parameters that the rule cannot serve are refused.
 
