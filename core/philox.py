@@ -153,7 +153,7 @@ def _draw(
     held = [_indices(lay, dim, device) for dim in range(-lay.ndim, 0)]
     size, step = out[0].numel(), _BLOCK_ENTRIES.get(device.type, _DEFAULT_BLOCK_ENTRIES)
     for lo in range(0, size, step):
-        index = _whole_index(torch.arange(lo, min(lo + step, size), device=device), lay, held)
+        index = _whole_index(torch.arange(lo, min(lo + step, size), dtype=torch.int64, device=device), lay, held)
         c2, c3 = (torch.full_like(index, word) for word in upper)
         block = philox((index & _WORD, index >> 32, c2, c3), (k0, k1))
         for target, values in zip(flat, of(block), strict=True):
@@ -165,7 +165,8 @@ def _indices(lay: Layout, dim: int, device: torch.device) -> Tensor:
     """The indices of ``dim`` of the whole tensor that this rank holds, in its order."""
     split = lay.splits[dim]
     ranges = ((0, lay.shape[dim]),) if split is None else split.held[split.axis.index]
-    return torch.cat([torch.arange(0, device=device), *(torch.arange(lo, hi, device=device) for lo, hi in ranges)])
+    indices = [torch.arange(lo, hi, dtype=torch.int64, device=device) for lo, hi in ((0, 0), *ranges)]
+    return torch.cat(indices)
 
 
 def _whole_index(index: Tensor, lay: Layout, held: Sequence[Tensor]) -> Tensor:

@@ -62,7 +62,7 @@ class Background:
             source = x.shard if isinstance(x, Boxes) else x
             copy = self._copies.get(key)
             if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
-                copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                copy = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=source.is_cuda)
             copies[key] = copy.copy_(source, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
 
 from ..process_groups_config import gather
+from ..torch_defaults import torch_defaults
 from . import extra_state, rng
 from .choose import choose
 from .compare import Mismatch, compare_keys, compare_optimizers, compare_tensors, optimizer_rows, selection, table
@@ -91,6 +92,7 @@ class Loaded:
         return lines
 
 
+@torch_defaults()
 def load(
     directory: str | Path,
     *,
@@ -204,7 +206,11 @@ def _check_patterns(only: Sequence[str], keys: Sequence[str]) -> None:
 def _generators(saved: Mapping[str, STORAGE_TYPES]) -> Tensor | None:
     """An empty tensor to load the state of this rank's random number generators into; None where none was saved."""
     metadata = saved.get(rng.key(rank()))
-    return torch.empty(metadata.size, dtype=torch.uint8) if isinstance(metadata, TensorStorageMetadata) else None
+    return (
+        torch.empty(metadata.size, dtype=torch.uint8, device="cpu")
+        if isinstance(metadata, TensorStorageMetadata)
+        else None
+    )
 
 
 def _read(tensors: dict[str, Tensor], reader: SafeReader) -> None:

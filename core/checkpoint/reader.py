@@ -104,7 +104,7 @@ class SafeReader(FileSystemReader):
         """
         saved = self.tensors()[key]
         try:
-            whole = torch.empty(saved.size, dtype=saved.properties.dtype)
+            whole = torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
             for chunk in saved.chunks:
                 box = self._load(MetadataIndex(key, chunk.offsets))
                 if not isinstance(box, Tensor) or box.size() != chunk.sizes or box.dtype != whole.dtype:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from ..process_groups_config import ProcessGroupCollection, gather
+from ..torch_defaults import torch_defaults
 from . import digests, extra_state, plain, rng
 from .background import Background
 from .contents import Contents, process_groups
@@ -27,6 +28,7 @@ SMALLEST_KEEP = 2
 """Smallest ``keep``: with a single checkpoint there is none to fall back on when it is damaged."""
 
 
+@torch_defaults()
 def save(
     directory: str | Path,
     *,

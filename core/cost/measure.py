@@ -59,7 +59,7 @@ def measure(
 
     shape = shape or (SIDE.get(device.type, 4096),) * 2
     memory = _memory(timed, dtype, device)
-    a = torch.zeros(ENTRIES.get(device.type, 2**24), device=device)
+    a = torch.zeros(ENTRIES.get(device.type, 2**24), dtype=torch.float32, device=device)
     cached = timed(lambda: a.add_(a, alpha=0.5)) / (2 * a.nbytes)
     x = torch.zeros(shape, dtype=dtype, device=device)
     turned = timed(lambda: x.mT.contiguous()) / (2 * x.nbytes)
@@ -89,7 +89,7 @@ def _memory(timed: Timed, dtype: torch.dtype, device: torch.device) -> float:
     entries = ENTRIES.get(device.type, 2**24)
     # Float32 entries that pass through all operations of a step before the next ones do.
     block = BLOCK_BYTES[device.type] // 4 if device.type in BLOCK_BYTES else entries
-    p, g, m = (torch.zeros(MATRICES, entries, device=device) for _ in range(3))
+    p, g, m = (torch.zeros(MATRICES, entries, dtype=torch.float32, device=device) for _ in range(3))
 
     def step() -> None:
         for matrix in zip(p, g, m, strict=True):
@@ -108,7 +108,9 @@ def _products(
     """Seconds of one operation in an iteration's products, without the passes over operands and the mirrored halves."""
     m, n = min(shape), max(shape)
     # There are four, so that none is still in the cache when its turn comes, as in a step.
-    xs = cycle(torch.linspace(-1, 1, 4 * m * n, device=device).sin().div(n).to(dtype).view(4, m, n))
+    xs = cycle(
+        torch.linspace(-1, 1, 4 * m * n, dtype=torch.float32, device=device).sin().div(n).to(dtype).view(4, m, n)
+    )
 
     def iterate() -> None:
         x = next(xs)
@@ -126,7 +128,7 @@ def _link(timed: Timed, domain: Domain, device: torch.device) -> tuple[float, fl
     if domain.group is None:
         return 0.0, 0.0
     each = ENTRIES.get(device.type, 2**24) // domain.size
-    large = torch.zeros(domain.size * each, device=device)
+    large = torch.zeros(domain.size * each, dtype=torch.float32, device=device)
     received = torch.empty_like(large)
 
     def swap(n: int) -> float:

@@ -127,7 +127,8 @@ def _pinned(case: _Case, shapes: Sequence[Shape], path: Path) -> Plan:
 
 def _seconds(case: _Case, shape: Shape) -> dict[Variant, float]:
     """Seconds that each variant takes for a matrix of normal entries; run in turns, so that all meet the same disturbances."""
-    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(case.device, case.dtype)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    x = x.to(case.device, case.dtype)
     times: dict[Variant, list[float]] = {variant: [] for variant in case.possible(shape)}
     for _ in range(TIMED_RUNS + 1):
         for variant in times:

@@ -62,7 +62,7 @@ def _fast_cpu_setting() -> str:
     # "medium" makes torch hand float32 products to oneDNN, about twice as fast as MKL on some processors. Where the
     # processor has bfloat16 matrix units oneDNN takes the hint and rounds to bfloat16, so look at a product once.
     before = torch.get_float32_matmul_precision()
-    a = torch.linspace(-1, 1, 256 * 256).reshape(256, 256).sin()
+    a = torch.linspace(-1, 1, 256 * 256, dtype=torch.float32, device="cpu").reshape(256, 256).sin()
     torch.set_float32_matmul_precision("medium")
     try:
         error = ((a @ a.mT).double() - a.double() @ a.double().mT).norm() / (a.double() @ a.double().mT).norm()

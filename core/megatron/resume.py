@@ -195,7 +195,9 @@ def _fill(member: Any, part: dict[str, Any], groups: list[dict[str, Any]], *, sh
     if shown and not _is_distributed(member):
         state = inner.setdefault("state", {})
         if step is not None and not _keeps_step_in_groups(member):
-            state["common_step"] = step if isinstance(step, Tensor) else torch.tensor(float(step))
+            state["common_step"] = (
+                step if isinstance(step, Tensor) else torch.tensor(float(step), dtype=torch.float32, device="cpu")
+            )
         if hasattr(member, "fp32_from_float16_groups"):
             main = part.get(_MAIN, {})
             part[_MAIN] = [main.get(i, []) for i in range(len(groups))]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checkpoint.boxes import cut
+from ..optimizer.steps.bookkeeping import as_tensor
 from ..sharding.layout import Layout
 from .upstream import CHECKPOINT, MAPPING, lookup, patch
 
@@ -41,7 +42,7 @@ def _rename_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if OWNERS_STEP in state:
             state[_STEP] = state.pop(OWNERS_STEP)
         elif _STEP in state:  # which may be another optimizer's
-            state[_STEP] = torch.as_tensor(state[_STEP]).view(optimizer.state[p][_STEP].shape)
+            state[_STEP] = as_tensor(_STEP, _STEP, state[_STEP]).view(optimizer.state[p][_STEP].shape)
 
 
 def _mark(optimizer: Any, state_dict: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ class EarlyStep:
             )
         self._optimizer = optimizer
         self._reduce = reduce
-        known = None if norm is None else torch.tensor(norm, dtype=torch.float64)
+        known = None if norm is None else torch.tensor(norm, dtype=torch.float64, device="cpu")
         self._factor = 1.0 if known is None or not clip_grad else float(clip_factor(known, clip_grad))
 
     @runs_eagerly

@@ -105,7 +105,7 @@ class RegistryBuilder(OptimizerBuilder):
 
     def validate(self) -> None:
         """Raise ValueError for an unknown optimizer, or for settings that its constructor refuses."""
-        probe = nn.Parameter(torch.empty(1024, 1024, device="meta"))
+        probe = nn.Parameter(torch.empty(1024, 1024, dtype=torch.float32, device="meta"))
         get_optimizer(self.config, [_Named({"probe": probe})])
 
     def build(self, scheduler: Schedule) -> FunctionalOptimizer:

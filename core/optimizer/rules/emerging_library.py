@@ -36,8 +36,8 @@ class MappedSinkhornMuon(SinkhornMuon):
 
 
 def _psgd_state(optimizer: Any, p: nn.Parameter) -> dict[str, Any]:
-    factors = [torch.eye(n, device=p.device) * optimizer.precond_init_scale for n in p.shape]
-    bounds = [torch.ones((), device=p.device) for _ in p.shape]
+    factors = [torch.eye(n, dtype=torch.float32, device=p.device) * optimizer.precond_init_scale for n in p.shape]
+    bounds = [torch.ones((), dtype=torch.float32, device=p.device) for _ in p.shape]
     return {"step": 0, "exp_avg": torch.zeros_like(p), "Q": factors, "L": bounds}
 
 

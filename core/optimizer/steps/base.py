@@ -253,7 +253,7 @@ class ShardedStep(Optimizer):
             # The constructor checks the values.
             cls: Any = type(self)
             try:
-                cls([torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))], **settings)
+                cls([torch.nn.Parameter(torch.empty(1024, 1024, dtype=torch.float32, device="meta"))], **settings)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"in a parameter group of {cls.__name__}: {error}") from error
 

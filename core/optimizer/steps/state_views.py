@@ -26,7 +26,7 @@ def as_state(view: Tensor, p: Tensor, spec: StateSpec, layout: Layout) -> Tensor
         else:
             placements.append(Shard(at))
     shape = torch.Size(spec.layout(Layout.whole(p.shape)).shape)
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=view.dtype, device="meta").stride()
     return DTensor.from_local(view, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 

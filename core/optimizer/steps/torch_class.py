@@ -13,7 +13,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ... import engine
 from ...philox import Key
 from ...process_groups_config import ProcessGroupCollection
+from ...torch_defaults import torch_defaults
 from .argument_checks import choice, non_negative
+from .bookkeeping import as_tensor
 from .constructor_settings import constructor_arguments, settings
 from .weight_decay import METHOD
 from .whole_tensor import Unit, WholeMode, WholeState, WholeStep
@@ -50,7 +52,8 @@ class LibraryStep(WholeStep):
         pg_collection: ProcessGroupCollection | None = arguments.pop("pg_collection")
         del arguments["params"]
         # One instance serves all tensors: for each update it gets one tensor and the state of that tensor.
-        self._inner = self.inner([nn.Parameter(torch.ones(1, 1))], **arguments)
+        with torch_defaults():
+            self._inner = self.inner([nn.Parameter(torch.ones(1, 1, dtype=torch.float32, device="cpu"))], **arguments)
         defaults = {k: v for k, v in self._inner.param_groups[0].items() if k != "params"}
         self._takes_decay = "weight_decay" in arguments
         vars(self).update({k: v for k, v in arguments.items() if k not in defaults and not hasattr(self, k)})
@@ -92,7 +95,7 @@ class LibraryStep(WholeStep):
             dtype = torch.promote_types(like.dtype, torch.float32)
             whole = nn.Parameter(torch.empty(unit.layout.shape, dtype=dtype, device=like.device))
             self._lend(group)
-            _store(type(self).initialise(self._inner, whole), state)
+            _store(self._initial(whole), state)
         return state
 
     def update_whole_(self, p: Tensor, g: Tensor, s: Any, group: Mapping[str, Any], name: str) -> None:
@@ -104,7 +107,7 @@ class LibraryStep(WholeStep):
         inside["params"] = [param]
         self._inner.state = defaultdict(dict, {param: _restored(self._probe(tuple(p.shape), group), slots)})
         try:
-            with torch.compiler.set_stance("force_eager"), self._seeded(p, slots, name):
+            with torch.compiler.set_stance("force_eager"), torch_defaults(), self._seeded(p, slots, name):
                 self._inner.step()
             state = self._inner.state[param]
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -145,14 +148,19 @@ class LibraryStep(WholeStep):
             # A float64 parameter shows which state follows the parameter's dtype and which is always float32.
             like = nn.Parameter(torch.empty(shape, dtype=torch.float64, device="meta"))
             self._lend(group)
-            self._probes[key] = type(self).initialise(self._inner, like)
+            self._probes[key] = self._initial(like)
         return self._probes[key]
+
+    def _initial(self, p: nn.Parameter) -> dict[str, Any]:
+        with torch_defaults():
+            return type(self).initialise(self._inner, p)
 
     def _check_start(self) -> None:
         zeros, ones = (
-            _flat(type(self).initialise(self._inner, nn.Parameter(torch.full((2, 3), fill)))) for fill in (0.0, 1.0)
+            _flat(self._initial(nn.Parameter(torch.full((2, 3), fill, dtype=torch.float32, device="cpu"))))
+            for fill in (0.0, 1.0)
         )
-        if moved := [k for k, v in zeros.items() if not torch.equal(torch.as_tensor(v), torch.as_tensor(ones[k]))]:
+        if moved := [k for k, v in zeros.items() if not torch.equal(*(as_tensor(k, k, x) for x in (v, ones[k])))]:
             raise ValueError(
                 f"{self.inner.__name__} begins with state {moved} that depends on the weights, which is not supported; write "
                 f"the optimizer as a subclass of WholeStep instead."
@@ -166,7 +174,8 @@ class LibraryStep(WholeStep):
 
         def work(unit: Unit, whole: Tensor) -> None:
             try:
-                self.inner([nn.Parameter(whole)], **self._inner_arguments)
+                with torch_defaults():
+                    self.inner([nn.Parameter(whole)], **self._inner_arguments)
             except ValueError as error:
                 refused.append(f"{unit.name}: {error}")
 
@@ -266,7 +275,7 @@ def _by_init_group(optimizer: Any, p: nn.Parameter) -> dict[str, Any]:
 
 def _looks_at_weights(inner: type[Optimizer], arguments: dict[str, Any]) -> bool:
     """Whether the constructor of ``inner`` reads or changes the values of the parameters."""
-    probe = nn.Parameter(torch.empty(1, 1, device="meta"))
+    probe = nn.Parameter(torch.empty(1, 1, dtype=torch.float32, device="meta"))
     try:
         inner([probe], **arguments)
     except (RuntimeError, NotImplementedError):  # a meta tensor has no numbers to look at
