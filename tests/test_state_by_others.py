@@ -15,6 +15,7 @@ from core.optimizer.optimizer_config import OptimizerConfig
 from core.optimizer.rules.adam import AdamW
 from core.optimizer.rules.lion import Lion
 from core.optimizer.speculative_step import SpeculativeStep
+from core.optimizer.steps.bookkeeping import pending
 
 
 def fill(params: Any, seed: int) -> None:
@@ -76,6 +77,7 @@ def test_every_optimizer_begins_anew_where_its_state_is_gone(name):
             atol=0,
             msg=reset.__name__,
         )
+        assert not pending(optimizer.optimizers), "an ordinary step has nothing to make or take over"
         saved, expected = optimizer.state_dict()["state"], fresh.state_dict()["state"]
         assert {i: set(held) for i, held in saved.items()} == {i: set(held) for i, held in expected.items()}
 

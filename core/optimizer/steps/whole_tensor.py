@@ -343,4 +343,5 @@ def _fitting(unit: Unit, name: str, value: Any, spec: WholeState, p: Tensor) -> 
             f"{unit.name}: state {name!r} has shape {tuple(present.shape)} but this rank keeps {expected} of it; load a state "
             f"of the same optimizer and layout, with groups added in the same order, or reshard it first."
         )
-    return present.reshape(expected).to(spec.device_for(local(p).device), spec.dtype_for(p.dtype))
+    shaped = present if tuple(present.shape) == expected else present.reshape(expected)
+    return shaped.to(spec.device_for(local(p).device), spec.dtype_for(p.dtype))
