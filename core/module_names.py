@@ -15,11 +15,13 @@ def unwrapped(root: nn.Module, name: str) -> str:
     A module that a user called ``module`` keeps its name; only a data-parallel wrapper's loses it.
     """
     *path, last = name.split(".")
-    kept, module = [], root
+    kept: list[str] = []
+    module: object = root
     for part in path:
         if part not in _RESERVED and not (part == "module" and _wraps_module(module)):
             kept.append(part)
-        module = getattr(module, part)
+        # A module may name parameters of its own with dots, by a named_parameters() of its own.
+        module = getattr(module, part, None)
     return ".".join([*kept, last])
 
 
@@ -34,9 +36,10 @@ def named_buffers(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((unwrapped(chunk, name), x) for name, x in chunk.named_buffers())
 
 
-def _wraps_module(module: nn.Module) -> bool:
+def _wraps_module(module: object) -> bool:
+    if not isinstance(module, nn.Module):
+        return False
     # Megatron-Core's DistributedDataParallel and Float16Module, without importing it.
-    of_megatron = type(module).__module__.startswith("megatron.core.") and [n for n, _ in module.named_children()] == [
-        "module"
-    ]
-    return isinstance(module, DataParallel | DistributedDataParallel) or of_megatron
+    of_megatron = type(module).__module__.startswith("megatron.core.")
+    is_only_child = [name for name, _ in module.named_children()] == ["module"]
+    return isinstance(module, DataParallel | DistributedDataParallel) or (of_megatron and is_only_child)
