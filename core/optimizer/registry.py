@@ -177,6 +177,10 @@ def from_config(eopt_name: str) -> ConfigToKwargs:
 
 def _adam_config_to_kwargs(config: Any, model_chunks: Sequence[nn.Module], pg_collection: Any) -> dict[str, Any]:
     kwargs = _kwargs_from_config(AdamW, "adam", config)
+    if getattr(config, "optimizer", None) == "muon_optax":
+        # optax.contrib.muon gives its arguments to the Adam of the other parameters, too.
+        kwargs.setdefault("nesterov", getattr(config, "muon_optax_nesterov", True))
+        kwargs.setdefault("mu_dtype", getattr(config, "muon_optax_mu_dtype", None))
     return {**kwargs, "betas": (config.adam_beta1, config.adam_beta2), "pg_collection": pg_collection}
 
 

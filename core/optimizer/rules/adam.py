@@ -30,11 +30,13 @@ class Adam(ElementwiseStep):
             float32.
         correct_bias: False uses the means as they are, without dividing them by 1 - βᵗ.
         pg_collection: Process groups, for the layout of what is saved.
+        nesterov: Look one step ahead: ``β1·m/(1-β1ᵗ⁺¹) + (1-β1)·g/(1-β1ᵗ)`` takes the place of ``m/(1-β1ᵗ)``, as in optax.
 
     Raises:
         ValueError: for an argument out of range.
 
-    Source: Kingma & Ba 2014, algorithm 1, https://arxiv.org/abs/1412.6980
+    Source: Kingma & Ba 2014, algorithm 1, https://arxiv.org/abs/1412.6980; Nesterov: Dozat 2016,
+    https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
     """
 
     decoupled = False
@@ -50,6 +52,8 @@ class Adam(ElementwiseStep):
         mu_dtype: Literal["float32", "bfloat16"] | None = None,
         correct_bias: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        nesterov: bool = False,
     ) -> None:
         check_adam(lr, betas, eps, weight_decay)
         non_negative("eps_root", eps_root)
@@ -64,6 +68,7 @@ class Adam(ElementwiseStep):
             eps_root=eps_root,
             mu_dtype=mu_dtype,
             correct_bias=correct_bias,
+            nesterov=nesterov,
         )
 
     def specs(self, group: Mapping[str, Any]) -> Mapping[str, StateSpec]:
@@ -76,14 +81,19 @@ class Adam(ElementwiseStep):
 
     def one_pass(self, group: Mapping[str, Any]) -> bool:
         """Whether torch's fused kernel implements the rule with these settings."""
-        return bool(group["correct_bias"] and not group["eps_root"] and group["mu_dtype"] is None)
+        plain = group["correct_bias"] and not group["nesterov"]
+        return bool(plain and not group["eps_root"] and group["mu_dtype"] is None)
 
     def scalars(self, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Any]:
-        """``rate`` α and ``scale`` s of ``p ← p - α·m / (√(s·v + eps_root) + ε)``."""
+        """``rate`` α and ``scale`` s of ``p ← p - α·m / (√(s·v + eps_root) + ε)``; with Nesterov also the weights of m and g."""
         correction1, correction2 = bias_corrections(state["step"], group["betas"])
+        beta1, lr = group["betas"][0], float(group["lr"])
+        next1 = 1 - beta1 ** (float(state["step"]) + 1)
         if not group["correct_bias"]:
-            correction1 = correction2 = 1.0
-        return {"rate": float(group["lr"]) / correction1, "scale": 1 / correction2}
+            correction1 = correction2 = next1 = 1.0
+        if group["nesterov"]:
+            return {"rate": lr, "scale": 1 / correction2, "ahead": (beta1 / next1, (1 - beta1) / correction1)}
+        return {"rate": lr / correction1, "scale": 1 / correction2}
 
     def update_(self, params: list[Tensor], grads: list[Tensor], states: States, group: Mapping[str, Any]) -> None:
         """Algorithm 1."""
@@ -93,6 +103,10 @@ class Adam(ElementwiseStep):
             torch._foreach_lerp_(means, grads, 1 - group["betas"][0])
             mean_square_(squares, grads, group["betas"][1])
             roots = denominators(squares, group["scale"], group["eps"], group["eps_root"])
+            if group["nesterov"]:
+                of_mean, of_gradient = group["ahead"]
+                means = list(torch._foreach_mul(means, of_mean))
+                torch._foreach_add_(means, grads, alpha=of_gradient)
             torch._foreach_addcdiv_(params, means, roots, -group["rate"])
             return
         fused_adam_(params, grads, states, group, decoupled=self.decoupled)
@@ -117,8 +131,12 @@ class AdamW(Adam):
         mu_dtype: Literal["float32", "bfloat16"] | None = None,
         correct_bias: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        nesterov: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, eps_root, mu_dtype, correct_bias, pg_collection)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, eps_root, mu_dtype, correct_bias, pg_collection, nesterov=nesterov
+        )
 
 
 class RAdam(ElementwiseStep):
