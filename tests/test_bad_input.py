@@ -54,7 +54,7 @@ LINES = [
         "--muon-coefficient-type polar",
         "'polar'.*possible: .*quintic.*did you mean 'polar_express'",
     ),
-    ("coefficients without numbers", "--muon-coefficient-type custom", "'custom'.*possible: .*quintic"),
+    ("coefficients without numbers", "--muon-coefficient-type custom", "'custom' needs its numbers: give ns_coeffs="),
     (
         "no heads fit",
         "--num-attention-heads 3",

@@ -31,11 +31,6 @@ from .yaml_file import read_yaml
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
 
 
-def _coefficient_sets() -> list[str]:
-    """All but ``custom``: no flag holds the numbers that it needs."""
-    return [name for name in get_supported_coefficient_types() if name != "custom"]
-
-
 _MODES = "; ".join(f"{name}: {mode.summary}" for name, mode in TP_MODES.items())
 _AUTO = f"{AUTO}: for each matrix the exact one of these that is predicted to be the fastest"
 SPIKE = "a factor above 1, like 3"
@@ -60,7 +55,7 @@ class Arguments(ScheduleArguments):
     sgd_momentum: float = number(0.9, "momentum of sgd", SHARE, hint="0.9 is usual")
     muon_momentum: float = number(0.95, "Muon's momentum", SHARE, hint="0.95 is usual")
     muon_tp_mode: str = text("owner", f"how a sharded matrix comes together. {_MODES}; {_AUTO}", tp_mode_names)
-    muon_coefficient_type: str = text("quintic", "Newton-Schulz coefficients", _coefficient_sets)
+    muon_coefficient_type: str = text("quintic", "Newton-Schulz coefficients; custom: those of --muon-ns-coeffs", get_supported_coefficient_types)
     muon_num_ns_steps: int = count(5, "Newton-Schulz iterations", at_most=20)
     muon_scale_mode: str = text("spectral", "scale of the update", SCALE_MODES)
     muon_split_qkv: bool = switch(True, "orthogonalize query, key and value of each group apart")

@@ -15,6 +15,7 @@ from ...sharding.state import StateSpec
 from ..steps.argument_checks import choice, fraction, non_negative
 from ..steps.stacked import RuleFunction
 from .muon import Moment2, adaptive_muon, moment2_spec
+from .parts.ns_coefficients import NsCoeffs
 from .tensor_parallel_muon import TensorParallelMode, TensorParallelMuon
 
 
@@ -56,6 +57,7 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
         eps: float = 1e-8,
         *,
         align_rms: bool = False,
+        ns_coeffs: NsCoeffs | None = None,
         ns_plan: str = "static",
         auto_rates: Rates | None = None,
     ) -> None:
@@ -87,6 +89,7 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
             extra_scale_factor,
             pg_collection,
             tp_mode,
+            ns_coeffs=ns_coeffs,
             ns_plan=ns_plan,
             auto_rates=auto_rates,
         )

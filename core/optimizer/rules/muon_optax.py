@@ -1,7 +1,7 @@
 """Muon by optax's rule: bias-corrected momentum, and a step that may be scaled by its dual norm."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from ..steps.argument_checks import non_negative
 from ..steps.stacked import RuleFunction
-from .parts.adam_parts import bias_correction
+from .parts.adam_parts import MU_DTYPES, bias_correction, check_mu_dtype
+from .parts.ns_coefficients import NsCoeffs
 from .tensor_parallel_muon import TensorParallelMode, TensorParallelMuon
 
 
@@ -32,11 +33,16 @@ class OptaxMuon(TensorParallelMuon):
         weight_decay: wd ≥ 0, decoupled.
         adaptive: Scale each step by ⟨U, O⟩, its dual norm.
         eps: ε ≥ 0.
-        coefficient_type: Set of Newton-Schulz coefficients; ``simple`` is optax's.
+        coefficient_type: Set of Newton-Schulz coefficients; ``simple`` is optax's. ``custom`` takes ``ns_coeffs``.
         num_ns_steps: Newton-Schulz iterations.
         fp32_matmul_prec: As in :class:`TensorParallelMuon`; optax itself computes in the dtype of its input.
         pg_collection: Process groups; needed when plain tensors are sharded or replicated.
         tp_mode: Mode in which shards are combined, as for :class:`TensorParallelMuon`.
+        ns_coeffs: As for :class:`TensorParallelMuon`.
+        mu_dtype: Dtype in which M is stored, ``float32`` or ``bfloat16``; None: the parameter's, but at least float32. The step
+            itself uses M before it is rounded to that.
+
+    ``get_optimizer`` gives parameters that are not matrices to AdamW with the same ``nesterov`` and ``mu_dtype``, as optax does.
 
     Raises:
         ValueError: as :class:`TensorParallelMuon`.
@@ -62,10 +68,14 @@ class OptaxMuon(TensorParallelMuon):
         pg_collection: ProcessGroupCollection | None = None,
         tp_mode: TensorParallelMode = "owner",
         *,
+        ns_coeffs: NsCoeffs | None = None,
+        mu_dtype: Literal["float32", "bfloat16"] | None = None,
         ns_plan: str = "static",
         auto_rates: Rates | None = None,
     ) -> None:
         non_negative("eps", eps)
+        check_mu_dtype(mu_dtype)
+        self.mu_dtype = mu_dtype
         self.adaptive, self.eps, self._norm_eps = adaptive, eps, eps
         super().__init__(
             params,
@@ -79,13 +89,17 @@ class OptaxMuon(TensorParallelMuon):
             scale_mode="shape_scaling",
             pg_collection=pg_collection,
             tp_mode=tp_mode,
+            ns_coeffs=ns_coeffs,
             ns_plan=ns_plan,
             auto_rates=auto_rates,
         )
 
     def state_specs(self, group: Mapping[str, Any], layout: Layout) -> Mapping[str, StateSpec]:
-        """``momentum_buffer`` like the parameter; ``step`` a scalar."""
-        return {**super().state_specs(group, layout), "step": StateSpec("", dtype=torch.float32, host=True)}
+        """``momentum_buffer`` like the parameter, in ``mu_dtype``; ``step`` a scalar."""
+        return {
+            "momentum_buffer": StateSpec("*", dtype=MU_DTYPES[self.mu_dtype]),
+            "step": StateSpec("", dtype=torch.float32, host=True),
+        }
 
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
         """The rule above."""
@@ -94,8 +108,10 @@ class OptaxMuon(TensorParallelMuon):
     def _optax(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
         beta = group["momentum"]
         s.step += 1
-        s.momentum_buffer.lerp_(g, 1 - beta)
-        u = s.momentum_buffer / bias_correction(beta, s.step + self.nesterov, g)
+        mean = s.momentum_buffer.to(g.dtype).lerp_(g, 1 - beta)
+        if s.momentum_buffer.dtype != g.dtype:
+            s.momentum_buffer.copy_(mean)
+        u = mean / bias_correction(beta, s.step + self.nesterov, g)
         if self.nesterov:
             u = beta * u + (1 - beta) * g / bias_correction(beta, s.step, g)
         o = (yield self._orthogonalized(u, lay, None)).to(u.dtype)

@@ -20,7 +20,7 @@ from ...cache_blocks import row_blocks
 from ...cost.auto import Choice, Rates, choices
 from ...linalg.autotune import Plan, plan_for
 from ...linalg.matmul_precision import compute_dtype
-from ...linalg.newton_schulz import coefficients, newton_schulz, relative_cost
+from ...linalg.newton_schulz import newton_schulz, relative_cost
 from ...linalg.variants import is_fast_in_bfloat16, variant_for
 from ...process_groups_config import ProcessGroupCollection, by_name, gather
 from ...sharding.layout import Layout
@@ -31,6 +31,7 @@ from ...sharding.tp_modes import TP_MODES, Deferred, MatrixMode, exact_modes, on
 from ..steps.argument_checks import choice, fraction, non_negative
 from ..steps.stacked import RuleFunction, StackedStep
 from .muon import How, Scale, muon
+from .parts.ns_coefficients import NsCoeffs, ns_coefficients
 
 TensorParallelMode = MatrixMode
 SCALE_MODES = ("shape_scaling", "spectral", "unit_rms_norm")
@@ -55,13 +56,15 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         qkv_split_shapes: Rows of q, k, v (and gate) in one query group; an attribute of that name on the parameter wins.
             For other fused weights (gate/up) a parameter's attribute ``matrix_parts`` holds the rows.
         fp32_matmul_prec: ``highest``, ``high`` (tf32) or ``medium`` (bfloat16 Newton-Schulz).
-        coefficient_type: Set of Newton-Schulz coefficients of emerging-optimizers.
+        coefficient_type: Set of Newton-Schulz coefficients of emerging-optimizers, or ``custom`` for ``ns_coeffs``.
         num_ns_steps: Newton-Schulz iterations, at least 1.
         scale_mode: ``shape_scaling``, ``spectral`` or ``unit_rms_norm``.
         extra_scale_factor: Additional factor of the update.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
         tp_mode: Mode in which shards are combined (:func:`~.tp_modes.on_matrix`); all but ``blockwise`` are exact. ``auto``
             takes for each matrix the exact mode with the least predicted time (:mod:`core.cost.auto`).
+        ns_coeffs: Coefficients (a, b, c) of ``custom``: three numbers, or three for each iteration
+            (:func:`~.parts.ns_coefficients.ns_coefficients`).
         ns_plan: Choice of the Newton-Schulz variant for whole matrices of each shape (:mod:`core.linalg.variants`):
             ``static``: by rule; ``tune``: the fastest of the variants that are as exact, measured once and cached; or the path
             of a file with such a plan.
@@ -99,11 +102,13 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         pg_collection: ProcessGroupCollection | None = None,
         tp_mode: TensorParallelMode = "duplicated",
         *,
+        ns_coeffs: NsCoeffs | None = None,
         ns_plan: str = "static",
         auto_rates: Rates | None = None,
     ) -> None:
         if num_ns_steps < 1:
             raise ValueError(f"num_ns_steps must be at least 1, got {num_ns_steps}")
+        coefs = ns_coefficients(coefficient_type, num_ns_steps, ns_coeffs)
         non_negative("lr", lr)
         fraction("momentum", momentum)
         non_negative("weight_decay", weight_decay)
@@ -129,9 +134,10 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         self._chosen: dict[Layout, Choice] = {}
         self.coefficient_type = coefficient_type
         self.num_ns_steps = num_ns_steps
+        self.ns_coeffs = ns_coeffs
+        self._coefs = coefs
         # A weak reference, because a cycle would keep all state alive until garbage is collected.
         me = weakref.ref(self)
-        self._coefs = coefficients(coefficient_type, num_ns_steps)
         # Called by name: with super(), AdaptiveMuon's MRO would call a class that takes other arguments.
         OrthogonalizedOptimizer.__init__(
             self,
