@@ -63,6 +63,11 @@ LINES = [
     ("qkv groups", "--num-query-groups 3", "--num-query-groups 3.*--num-attention-heads 4.*possible: 1, 2, 4"),
     ("fp16", "--fp16", "--fp16: .*no loss scaler.*use --bf16"),
     ("triton without a GPU", "--use-triton", "--use-triton: .*torch sees none.*leave it out"),
+    (
+        "kernels that do not exist",
+        "--optimizer adafactor_sr --adafactor-sr-use-triton",
+        "--optimizer adafactor_sr: use_triton=True.*leave",
+    ),
     ("nccl without a GPU", "--distributed-backend nccl", "--distributed-backend nccl.*no GPU.*possible: gloo"),
     ("min-lr above lr", "--lr 1e-3 --min-lr 1e-2", "--min-lr 0.01.*--lr 0.001"),
     ("warm-up too long", "--train-iters 10 --lr-warmup-iters 10", "--lr-warmup-iters 10.*--train-iters 10.*0 to 9"),

@@ -1,5 +1,6 @@
 """Stochastic rounding to bfloat16, and AdamW that uses it."""
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -127,8 +128,9 @@ def test_small_steps_are_kept_on_average() -> None:
     """A step of 1e-4 on weights of 1 is below half a unit of bfloat16 (2⁻⁸): rounded to nearest, nothing ever moves."""
     grads = [torch.ones(4096, dtype=torch.bfloat16)] * 50
     args = {"lr": 1e-4, "weight_decay": 0.0}
-    assert (weights(train(torch.ones(4096, dtype=torch.bfloat16), grads, **args)) == 1).all()
-    moved = weights(train(torch.ones(4096, dtype=torch.bfloat16), grads, bf16_stochastic_round=True, **args))
+    nearest = train(torch.ones(4096, dtype=torch.bfloat16), grads, bf16_stochastic_round=False, **args)
+    assert (weights(nearest) == 1).all()
+    moved = weights(train(torch.ones(4096, dtype=torch.bfloat16), grads, **args))  # at random by default
     assert abs(float(moved.double().mean()) - (1 - 50 * 1e-4)) < 5e-4
 
 
@@ -161,9 +163,9 @@ def test_every_layout_rounds_alike(world, cut) -> None:
 def test_adafactor_keeps_updates_below_half_a_unit_on_average() -> None:
     """bfloat16 has 2⁻⁷ between 1 and 2: steps of 2⁻¹⁰ are lost by rounding to nearest, and add up when rounded at random."""
     moved = []
-    for rounds in (False, True):
+    for rounds in ({"bf16_stochastic_round": False}, {}):  # at random by default
         p = torch.nn.Parameter(torch.full((128, 64), 1.5, dtype=torch.bfloat16))
-        optimizer = AdafactorSR([("w", p)], lr=2.0**-10, weight_decay=0.0, bf16_stochastic_round=rounds)
+        optimizer = AdafactorSR([("w", p)], lr=2.0**-10, weight_decay=0.0, **rounds)
         for _ in range(16):
             p.grad = torch.ones_like(p)
             optimizer.step()
@@ -180,3 +182,77 @@ def test_adafactor_rounds_by_the_same_noise_on_every_layout(world, cut) -> None:
     got, shard = sharded("adafactor_sr", whole_cut, 5, world, bf16_stochastic_round=True)
     for mine, whole in zip(got, unsharded("adafactor_sr", whole_cut, 5, bf16_stochastic_round=True), strict=True):
         assert (mine != shard(whole)).double().mean() < 0.01
+
+
+def two_groups(cls: type[AdamWSR] | type[AdafactorSR], seeds: tuple[int, int] = (3, 4)) -> AdamWSR | AdafactorSR:
+    params = [torch.nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8).bfloat16()) for _ in seeds]
+    groups = [{"params": [(f"w{i}", p)], "seed": seed} for i, (p, seed) in enumerate(zip(params, seeds, strict=True))]
+    return cls(groups, lr=1e-3)
+
+
+def advance(optimizer: AdamWSR | AdafactorSR, steps: range) -> list[Tensor]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for t in steps:
+        for i, p in enumerate(params):
+            p.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(10 * t + i)).bfloat16()
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+@pytest.mark.parametrize("cls", [AdamWSR, AdafactorSR])
+def test_the_state_dict_resumes_the_noise_whatever_seed_the_new_optimizer_was_given(cls) -> None:
+    through = two_groups(cls)
+    halfway = advance(through, range(3))
+    saved = copy.deepcopy(through.state_dict())
+    assert saved["sr_generator_state"] == {"seed": [3, 4], "step": [3, 3]}
+    before = copy.deepcopy(saved)
+    for leave_out in (False, True):
+        rest = two_groups(cls, seeds=(7, 8))
+        for group, value in zip(rest.param_groups, halfway, strict=True):
+            with torch.no_grad():
+                group["params"][0].copy_(value)
+        rest.load_state_dict({k: v for k, v in saved.items() if not leave_out or k != "sr_generator_state"})
+        assert [group["seed"] for group in rest.param_groups] == [3, 4]
+        if not leave_out:
+            resumed = advance(rest, range(3, 6))
+    for mine, whole in zip(resumed, advance(through, range(3, 6)), strict=True):
+        assert torch.equal(mine, whole)
+    assert saved["sr_generator_state"] == before["sr_generator_state"] and saved.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [
+        (torch.Generator().get_state(), "is the state of a torch.Generator.*from_forgather_state"),
+        ({"seed": [1]}, "a whole number for each of the 2 parameter groups"),
+        ({"seed": [1, 2.5]}, "a whole number for each"),
+        (None, "is None; give"),
+    ],
+    ids=["generator", "one seed", "no whole number", "none"],
+)
+@pytest.mark.parametrize("cls", [AdamWSR, AdafactorSR])
+def test_noise_of_another_form_is_refused_and_nothing_changes(cls, noise, said) -> None:
+    optimizer = two_groups(cls)
+    saved = copy.deepcopy(optimizer.state_dict())
+    advance(optimizer, range(1))
+    with pytest.raises(ValueError, match=said):
+        optimizer.load_state_dict({**saved, "sr_generator_state": noise})
+    assert optimizer.state_dict()["sr_generator_state"]["step"] == [1, 1]
+
+
+@pytest.mark.parametrize("cls", [AdamWSR, AdafactorSR])
+def test_kernels_that_do_not_exist_are_refused(cls, monkeypatch) -> None:
+    p = [torch.nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(ValueError, match="torch_compile=True: this optimizer has no compiled step"):
+        cls(p, torch_compile=True)
+    monkeypatch.setattr("core.optimizer.rules.parts.rounding.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs Triton, which is not installed: pip install triton"):
+        cls(p, use_triton=True)
+    monkeypatch.setattr("core.optimizer.rules.parts.rounding.find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="there are no Triton kernels yet"):
+        cls(p, use_triton=True)
+
+
+def test_triton_does_not_go_with_a_relative_step() -> None:
+    with pytest.raises(ValueError, match="use_triton=True does not go with relative_step=True"):
+        AdafactorSR([torch.nn.Parameter(torch.ones(2, 2))], use_triton=True, relative_step=True)

@@ -27,6 +27,7 @@ from .parts.factored import (
     square_sums,
     two_largest,
 )
+from .parts.rounding import RoundsStochastically, check_kernels
 
 Variant = Literal["optax", "torch", "forgather"]
 
@@ -238,7 +239,7 @@ class Adafactor(StackedStep):
         return (yield rms([p], lay)).clamp_min(group["min_scale"])
 
 
-class AdafactorSR(Adafactor):
+class AdafactorSR(RoundsStochastically, Adafactor):
     """:class:`Adafactor` with Forgather's conventions and argument names.
 
     Args:
@@ -251,12 +252,15 @@ class AdafactorSR(Adafactor):
         eps: Added to g²; least scale of a parameter under ``relative_step``.
         weight_decay: Coefficient, ≥ 0.
         relative_step: Whether lr is relative to the RMS of the parameter (the paper's parameter scale; there is no schedule).
+        torch_compile: Refused, because there is no compiled step.
         bf16_stochastic_round: Round bfloat16 parameters stochastically; no effect on others.
+        use_triton: Refused as long as there are no Triton kernels.
         seed: Seed of the rounding, which depends on it, the parameter's name, the step and the index in the whole tensor alone.
         pg_collection: Process groups of the parameters.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: for an argument out of range, and for ``use_triton`` with ``relative_step``.
+        ImportError: for ``use_triton`` where Triton is not installed.
 
     Source: Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235; Zamirai et al. 2020, https://arxiv.org/abs/2010.06192
     """
@@ -271,11 +275,14 @@ class AdafactorSR(Adafactor):
         eps: tuple[float, float] = (1e-30, 1e-3),
         weight_decay: float = 0.01,
         relative_step: bool = False,
-        bf16_stochastic_round: bool = False,
+        torch_compile: bool = False,
+        bf16_stochastic_round: bool = True,
+        use_triton: bool = False,
         seed: int = 5489,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        self.bf16_stochastic_round, self.seed = bf16_stochastic_round, seed
+        check_kernels(torch_compile=torch_compile, use_triton=use_triton, relative_step=relative_step)
+        self._rounding = {"bf16_stochastic_round": bf16_stochastic_round, "seed": seed}
         if decay_rate > 0:
             raise ValueError(f"decay_rate={decay_rate} must be at most 0: the decay is 1 - t**decay_rate.")
         for name, value in (("betas", betas), ("eps", eps)):
@@ -296,14 +303,19 @@ class AdafactorSR(Adafactor):
             pg_collection=pg_collection,
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; ``bf16_stochastic_round`` and ``seed`` may differ by group."""
+        self.defaults.update(self._rounding)
+        super().add_param_group(param_group)
+
     def rule(self, group: Mapping[str, Any]) -> RuleFunction:
         """Algorithm 4, then rounding of the stored parameters."""
-        return self._rounded if self.bf16_stochastic_round else self._step
+        return self._rounded if group["bf16_stochastic_round"] else self._step
 
     def _rounded(self, p: Tensor, g: Tensor, s: Any, lay: Layout, group: Mapping[str, Any]) -> Rule:
         new = yield self._step(p, g, s, lay, group)
         if s.stored != torch.bfloat16:
             return new
-        keys = [Key(self.seed, name, int(t), "bfloat16 rounding") for name, t in zip(s.names, s.step, strict=True)]
+        keys = [Key(group["seed"], name, int(t), "bfloat16 rounding") for name, t in zip(s.names, s.step, strict=True)]
         noise = torch.stack([bits(key, lay, device=p.device)[0] for key in keys])
         return stochastic_round(new, noise).to(new.dtype)

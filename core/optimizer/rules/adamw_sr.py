@@ -17,10 +17,11 @@ from ..steps.argument_checks import check_adam
 from ..steps.elementwise import ElementwiseStep, States
 from ..steps.weight_decay import decay_
 from .parts.adam_parts import bias_corrections, denominators, mean_square_
+from .parts.rounding import RoundsStochastically, check_kernels
 
 
-class AdamWSR(ElementwiseStep):
-    """AdamW whose state is as wide as the gradient, and which can round what it stores in bfloat16 stochastically.
+class AdamWSR(RoundsStochastically, ElementwiseStep):
+    """AdamW whose state is as wide as the gradient, and which rounds what it stores in bfloat16 stochastically.
 
     ``p ← (1 - lr·wd)·p``; ``m ← β1·m + (1-β1)·g``; ``v ← β2·v + (1-β2)·g²``;
     ``p ← p - lr·√(1-β2ᵗ)/(1-β1ᵗ) · m / (√v + ε)``: ε is not divided by the bias correction, unlike torch's AdamW.
@@ -33,14 +34,17 @@ class AdamWSR(ElementwiseStep):
         betas: β1, β2, decays of the running means of the gradient and its square, in [0, 1).
         eps: ε ≥ 0.
         weight_decay: wd ≥ 0, decoupled.
+        torch_compile: Refused, because there is no compiled step.
         bf16_stochastic_round: Round bfloat16 parameters and state stochastically, each with noise of its own. No effect on
             other dtypes.
         seed: Seed of the noise, which depends on it, the parameter's name, the step and the index in the whole tensor alone:
             the same on every layout and copy, and when a run is resumed.
         pg_collection: Process groups, for the layout of what is saved.
+        use_triton: Refused as long as there are no Triton kernels.
 
     Raises:
         ValueError: for an argument out of range.
+        ImportError: for ``use_triton`` where Triton is not installed.
 
     Source: Loshchilov & Hutter 2017, algorithm 2, https://arxiv.org/abs/1711.05101, in the form of the Transformers library;
     Zamirai et al. 2020, https://arxiv.org/abs/2010.06192
@@ -53,10 +57,14 @@ class AdamWSR(ElementwiseStep):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 1e-2,
-        bf16_stochastic_round: bool = False,
+        torch_compile: bool = False,
+        bf16_stochastic_round: bool = True,
         seed: int = 5489,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        use_triton: bool = False,
     ) -> None:
+        check_kernels(torch_compile=torch_compile, use_triton=use_triton)
         check_adam(lr, betas, eps, weight_decay)
         super().__init__(
             params,
