@@ -290,3 +290,19 @@ def test_a_probed_step_is_taken_by_all_ranks_together(other):
     line += " --clip-grad 0" if other == "backward" else " --pipeline-model-parallel-size 2"
     with pytest.raises(UsageError, match=f"--probe-first-step: with --overlap-optimizer-with-{other}"):
         validate(parse_arguments(line.split()), Launch(), Machine(gpus=0))
+
+
+@pytest.mark.parametrize(
+    ("line", "momentum", "decay"),
+    [
+        ("--optimizer sgd", 0.0, 0.0),
+        ("--optimizer sgd --sgd-momentum 0.9 --weight-decay 0.02", 0.9, 0.02),
+        ("--optimizer sgd --weight-decay 0", 0.0, 0.0),
+        ("--optimizer adamw", 0.0, 0.01),
+        ("--optimizer adamw --weight-decay 0", 0.0, 0.0),
+    ],
+)
+def test_sgd_is_minimal_unless_flags_add_to_it(line, momentum, decay):
+    """As Forgather's SGD; the other optimizers decay by default."""
+    config = optimizer_config(parse_arguments(line.split()))
+    assert (config.sgd_momentum, config.weight_decay) == (momentum, decay)

@@ -40,7 +40,7 @@ FLAGS = {
     "rekls": "--lr 5e-3 --rekls-eps 1e-2",
     "schedule_free_adamw": "--lr 3e-3",
     "schedule_free_sgd": "--lr 3",
-    "sgd": "--lr 0.3",
+    "sgd": "--lr 0.3 --sgd-momentum 0.9",
     "soap": "--lr 5e-3 --soap-eps 3e-2",  # below it, directions of no gradient but rounding get a whole step of Adam
     "sophia": "--lr 2e-3",
 }

@@ -43,7 +43,9 @@ class Arguments(ScheduleArguments):
 
     # the optimizer
     optimizer: str = text("muon", "by name; what one for matrices cannot take goes to adamw", list_optimizers)
-    weight_decay: float = number(0.01, "weight decay", NOT_NEGATIVE, hint="0 means none")
+    weight_decay: float | None = number(
+        None, "weight decay (default: 0.01, and none with --optimizer sgd)", NOT_NEGATIVE, hint="0 means none"
+    )
     decoupled_weight_decay: bool = switch(True, "decay weights apart from the gradient; without it, as l2")
     weight_decay_method: str | None = text(None, "style of weight decay (default: the optimizer's own)", METHODS)
     weight_decay_mask: tuple[str, ...] = words(
@@ -52,10 +54,12 @@ class Arguments(ScheduleArguments):
     adam_beta1: float = number(0.9, "Adam's first beta", SHARE, hint=BETAS)
     adam_beta2: float = number(0.95, "Adam's second beta", SHARE, hint=BETAS)
     adam_eps: float = number(1e-8, "Adam's epsilon", POSITIVE, hint="1e-8 is usual")
-    sgd_momentum: float = number(0.9, "momentum of sgd", SHARE, hint="0.9 is usual")
+    sgd_momentum: float = number(0.0, "momentum of sgd", SHARE, hint="0.9 is usual")
     muon_momentum: float = number(0.95, "Muon's momentum", SHARE, hint="0.95 is usual")
     muon_tp_mode: str = text("owner", f"how a sharded matrix comes together. {_MODES}; {_AUTO}", tp_mode_names)
-    muon_coefficient_type: str = text("quintic", "Newton-Schulz coefficients; custom: those of --muon-ns-coeffs", get_supported_coefficient_types)
+    muon_coefficient_type: str = text(
+        "quintic", "Newton-Schulz coefficients; custom: those of --muon-ns-coeffs", get_supported_coefficient_types
+    )
     muon_num_ns_steps: int = count(5, "Newton-Schulz iterations", at_most=20)
     muon_scale_mode: str = text("spectral", "scale of the update", SCALE_MODES)
     muon_split_qkv: bool = switch(True, "orthogonalize query, key and value of each group apart")

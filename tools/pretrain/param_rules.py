@@ -30,7 +30,10 @@ _HINT = "write NAME_PATTERN=OPTIMIZER or NAME_PATTERN=key:value,... such as 'dec
 def optimizer_config(args: Arguments) -> OptimizerConfig:
     """The flags that are settings of an optimizer."""
     names = [field.name for field in dataclasses.fields(OptimizerConfig) if hasattr(args, field.name)]
-    return OptimizerConfig(**{name: getattr(args, name) for name in names})
+    values = {name: getattr(args, name) for name in names}
+    if args.weight_decay is None:
+        values["weight_decay"] = 0.0 if args.optimizer == "sgd" else OptimizerConfig.weight_decay
+    return OptimizerConfig(**values)
 
 
 def param_overrides(rules: Iterable[str]) -> dict[ParamKey, Settings]:
@@ -130,7 +133,7 @@ def build_optimizer(
         )
     except UnexpectedRoutingError as error:
         raise UsageError(flag_of("expect_matrix_params"), repr(asked), str(error)) from error
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         flag_and_value = (
             (FLAG, " ".join(map(repr, args.param_override))) if overrides else ("--optimizer", args.optimizer)
         )
