@@ -20,6 +20,8 @@ from .optimizer.optimizer_config import ParamKey as ParamKey
 from .optimizer.optimizer_config import ParamPredicate as ParamPredicate
 from .optimizer.optimizer_config import ParamWithNamePredicate as ParamWithNamePredicate
 from .optimizer.probe import probe as probe
+from .optimizer.rules.parts.subspace_projectors import OnlinePCAProjector as OnlinePCAProjector
+from .optimizer.rules.parts.subspace_projectors import RandProjector as RandProjector
 from .optimizer.speculative_step import SpeculativeStep as SpeculativeStep
 from .optimizer.steps.torch_class import on_whole_tensors as on_whole_tensors
 from .process_groups_config import ProcessGroupCollection as ProcessGroupCollection

@@ -11,7 +11,7 @@ import torch
 from core.optimizer.emerging_optimizers import get_optimizer
 from core.optimizer.optimizer_config import OptimizerConfig
 from core.optimizer.rules.apollo import Apollo, ApolloMini
-from core.optimizer.rules.parts.projectors import _orthonormal, draw
+from core.optimizer.rules.parts.projectors import draw, orthonormal
 from core.philox import Key
 from core.sharding.layout import Layout
 
@@ -86,18 +86,18 @@ def test_apollo_is_the_paper_s(shape, projector, kwargs) -> None:
     grads = gradients(shape)
     start, got, optimizer = train(shape, grads, rank=3, update_steps=5, projector=projector, **kwargs)
     (group,) = optimizer.param_groups
-    draws = [draw(Layout.whole(shape), group, "w", t // 5, torch.empty(0, dtype=torch.float64)) for t in range(STEPS)]
+    where, like = Layout.whole((min(shape), 3)), torch.empty(0, dtype=torch.float64)
+    draws = [draw(where, projector, group["seed"], "w", t // 5, like) for t in range(STEPS)]
     close(got, apollo(start, grads, [p.numpy() for p in draws], group))
 
 
 def test_random_projections_are_what_they_say() -> None:
-    lay, like = Layout.whole((400, 500)), torch.empty(0, dtype=torch.float64)
-    group = {"projector": "normal", "rank": 50, "seed": 0}
-    p = draw(lay, group, "w", 0, like)
+    where, like = Layout.whole((400, 50)), torch.empty(0, dtype=torch.float64)
+    p = draw(where, "normal", 0, "w", 0, like)
     assert p.shape == (400, 50)
     assert abs(p.var() - 1 / 50) < 5 * (1 / 50) * (2 / p.numel()) ** 0.5
-    assert not torch.equal(p, draw(lay, group, "w", 1, like))
-    q = draw(lay, {**group, "projector": "orthogonal"}, "w", 0, like)
+    assert not torch.equal(p, draw(where, "normal", 0, "w", 1, like))
+    q = draw(where, "orthogonal", 0, "w", 0, like)
     torch.testing.assert_close(q.T @ q, torch.eye(50, dtype=torch.float64) * 400 / 50, rtol=1e-12, atol=1e-12)
 
 
@@ -126,7 +126,8 @@ def test_online_pca_follows_the_gradient(shape, how) -> None:
     grads = gradients(shape)
     start, got, optimizer = train(shape, grads, rank=2, update_steps=3, projector="online_pca", pca_orthonormalize=how)
     wide = shape[0] < shape[1]
-    a = _orthonormal(Key(0, "w", 0, "projection"), Layout.whole(shape), 2, torch.empty(0, dtype=torch.float64)).numpy()
+    where, like = Layout.whole((min(shape), 2)), torch.empty(0, dtype=torch.float64)
+    a = orthonormal(Key(0, "w", 0, "projection"), where, like).numpy()
     projections = []
     for t, g in enumerate(grads):
         if t % 3 == 0:

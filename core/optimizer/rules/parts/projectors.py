@@ -18,6 +18,7 @@ from ....sharding.requests import Rule
 from ....sharding.state import StateSpec
 
 Projector = Literal["normal", "orthogonal", "online_pca"]
+RandomKind = Literal["normal", "orthogonal"]
 Orthonormalize = Literal["none", "qr", "norm"]
 
 FIRST_FIT = 100
@@ -73,24 +74,23 @@ def projection(x: Tensor, s: Any, lay: Layout, group: Mapping[str, Any], drawn: 
         number = (t - 1) // group["update_steps"]
         what = (number, x.dtype, x.device, *(group[k] for k in ("seed", "projector", "rank")))
         if drawn.get(name, (None,))[0] != what:
-            drawn[name] = what, draw(lay, group, name, number, x)
+            drawn[name] = what, draw(_layout(lay, group["rank"]), group["projector"], group["seed"], name, number, x)
         made.append(drawn[name][1])
         if group["lazy"]:
             del drawn[name]
     return torch.stack(made)
 
 
-def draw(lay: Layout, group: Mapping[str, Any], name: str, number: int, like: Tensor) -> Tensor:
-    """The random projection ``number`` of the parameter ``name``, (d, rank), this rank's rows; see :func:`projection`."""
-    key, rank = Key(group["seed"], name, number, "projection"), group["rank"]
-    if group["projector"] == "normal":
-        return normal(key, _layout(lay, rank), dtype=like.dtype, device=like.device) / math.sqrt(rank)
-    return _orthonormal(key, lay, rank, like) * _scale(lay, group)
+def draw(where: Layout, how: RandomKind, seed: int, name: str, number: int, like: Tensor) -> Tensor:
+    """The random projection ``number`` of the parameter ``name``, laid out as ``where``, (d, rank); see :func:`projection`."""
+    key, (d, rank) = Key(seed, name, number, "projection"), where.shape
+    if how == "normal":
+        return normal(key, where, dtype=like.dtype, device=like.device) / math.sqrt(rank)
+    return orthonormal(key, where, like) * math.sqrt(d / rank)
 
 
-def _orthonormal(key: Key, lay: Layout, rank: int, like: Tensor) -> Tensor:
-    """Random orthonormal columns: every rank draws the whole and keeps its rows."""
-    where = _layout(lay, rank)
+def orthonormal(key: Key, where: Layout, like: Tensor) -> Tensor:
+    """Random orthonormal columns, laid out as ``where``, (d, rank): every rank draws the whole and keeps its rows."""
     q, r = torch.linalg.qr(normal(key, where.shape, dtype=torch.float64, device=like.device))
     q = (q * r.diagonal().sign()).to(like.dtype)
     split = where.splits[0]
@@ -100,7 +100,7 @@ def _orthonormal(key: Key, lay: Layout, rank: int, like: Tensor) -> Tensor:
 def _refit(i: int, x: Tensor, s: Any, lay: Layout, group: Mapping[str, Any], *, first: bool) -> Rule:
     x, a = x[i : i + 1], s.projection[i : i + 1]
     if first:
-        a.copy_(_orthonormal(Key(group["seed"], s.names[i], 0, "projection"), lay, group["rank"], a))
+        a.copy_(orthonormal(Key(group["seed"], s.names[i], 0, "projection"), _layout(lay, group["rank"]), a))
     yield fit(a, x, lay, FIRST_FIT if first else 1, group["pca_orthonormalize"])
 
 
