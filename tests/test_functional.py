@@ -63,6 +63,23 @@ def test_groups_keep_the_ratio_of_their_learning_rates():
         torch.testing.assert_close(p, stepped.params[name].detach(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "tree", [{"a.weight": True, "b.weight": False}, {"a": {"weight": True}, "b": {"weight": False}}]
+)
+def test_a_tree_of_booleans_masks_weight_decay_on_both_paths(tree):
+    params = {name: p for name, p in weights().items() if name in ("a.weight", "b.weight")}
+    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+    tx = make_transformation(configured("adamw", weight_decay=0.5), schedule, weight_decay_mask=tree)
+    wanted = {"a.weight": params["a.weight"] * (1 - LR * 0.5), "b.weight": params["b.weight"]}
+    new, _ = tx.update(zeros, tx.init(params), params)
+    local, _ = tx.apply_gradients_stage_local(params=params, grads=zeros, opt_state=tx.init(params))
+    for name, p in wanted.items():
+        torch.testing.assert_close(new[name], p)
+        torch.testing.assert_close(local[name], p)
+    with pytest.raises(ValueError, match=r"no entry for \['b\.weight'\]"):
+        make_transformation(configured("adamw"), schedule, weight_decay_mask={"a.weight": True}).init(params)
+
+
 def test_the_normal_path_steps_with_the_mean_of_micro_steps():
     params = weights()
     stepped = Stepped(configured("adamw"), params)

@@ -31,6 +31,7 @@ LAYERS = (
     {"optimizer.rules"},
     {"optimizer.registry"},
     {"optimizer.optimizer_config"},
+    {"optimizer.weight_decay_mask"},
     {"optimizer.routing"},
     {"optimizer"},
     {"optimizer.functional"},

@@ -1,11 +1,14 @@
 """Weight decay: the four styles on every optimizer, against emerging-optimizers' own, and masks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from core.optimizer.emerging_optimizers import get_optimizer, list_optimizers
@@ -16,6 +19,7 @@ from core.optimizer.rules.adamw_sr import AdamWSR
 from core.optimizer.rules.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.optimizer.steps.weight_decay import METHODS
+from core.process_groups_config import ProcessGroupCollection
 from tests.support.sharding import CUTS, build, cutter, parameters, whole_gradient, whole_parameters
 
 SHAPES = ((12, 8), (8, 16), (12, 8), (8, 8))
@@ -133,9 +137,34 @@ def test_a_method_that_does_not_exist_is_refused():
         get_optimizer(OptimizerConfig(optimizer="lion", lr=0.1, weight_decay_method="coupled"), [nn.Linear(2, 2)])
 
 
+NAMES = ("0.weight", "1.weight", "1.bias", "2.weight", "2.bias")
+
+
+def a_model() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+
+
+def nested(chosen: dict[str, bool]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in chosen.items():
+        module, weight = name.split(".")
+        tree.setdefault(module, {})[weight] = value
+    return tree
+
+
+FORMS: dict[str, Callable[[dict[str, bool]], Any]] = {
+    "flat": lambda chosen: chosen,
+    "nested": nested,
+    "a function of all": lambda chosen: lambda params: nested({name: chosen[name] for name in params}),
+    "a function with an option": lambda chosen: lambda params, default=True: chosen,
+    "a function of each": lambda chosen: lambda name, param: chosen[name],
+    "half nested": lambda chosen: {**nested(dict(list(chosen.items())[:3])), **dict(list(chosen.items())[3:])},
+}
+
+
 def decays(**kwargs: Any) -> dict[str, float]:
-    model = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 8), nn.LayerNorm(8))
-    optimizer = get_optimizer(OptimizerConfig(optimizer="adamw", lr=0.1, weight_decay=0.5), [model], **kwargs)
+    config = OptimizerConfig(optimizer="adamw", lr=0.1, weight_decay=0.5)
+    optimizer = get_optimizer(config, [a_model()], **kwargs)
     return {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
 
 
@@ -148,12 +177,69 @@ def decays(**kwargs: Any) -> dict[str, float]:
         ("1.*", {"1.weight", "1.bias"}),
         (("!*.bias", "!2.*"), {"0.weight", "1.weight"}),
         (("*.weight", "!0.weight"), {"1.weight", "2.weight"}),
+        ({"1.weight", "2.bias"}, {"1.weight", "2.bias"}),
+        (lambda *args: args[0] == "1.weight", {"1.weight"}),
     ],
 )
 def test_a_mask_says_what_is_decayed(mask, decayed):
-    assert decays(weight_decay_mask=mask) == {
-        name: 0.5 if name in decayed else 0.0 for name in ("0.weight", "1.weight", "1.bias", "2.weight", "2.bias")
-    }
+    assert decays(weight_decay_mask=mask) == {name: 0.5 if name in decayed else 0.0 for name in NAMES}
+
+
+@given(chosen=st.fixed_dictionaries({name: st.booleans() for name in NAMES}), form=st.sampled_from([*FORMS]))
+@settings(max_examples=20, deadline=None)
+def test_a_tree_of_booleans_says_what_is_decayed(chosen, form):
+    assert decays(weight_decay_mask=FORMS[form](chosen)) == {name: 0.5 * chosen[name] for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "text"),
+    [
+        (dict.fromkeys(NAMES[1:], True), ValueError, r"no entry for \['0\.weight'\]"),
+        (
+            dict.fromkeys((*NAMES, "1.wieght"), True),
+            ValueError,
+            r"unknown parameter '1\.wieght'; did you mean '1\.weight'",
+        ),
+        ({}, ValueError, "no entry for"),
+        ({**dict.fromkeys(NAMES, True), "1": {"weight": False}}, ValueError, r"names '1\.weight' twice"),
+        ({**dict.fromkeys(NAMES, True), "1.bias": 0}, TypeError, r"has 0, a int, for '1\.bias'"),
+        ({**dict.fromkeys(NAMES, True), "1.bias": None}, TypeError, r"has None, a NoneType, for '1\.bias'"),
+        (lambda params: {"0.weight": True}, ValueError, r"no entry for \['1\.weight'"),
+        (lambda params: True, TypeError, "returned a bool for all parameters"),
+        (lambda: True, TypeError, "takes other arguments"),
+        (lambda name, param, more: True, TypeError, "takes other arguments"),
+        (True, TypeError, "True, a bool; give a function"),
+        ([True, False], TypeError, "a list; give a function"),
+        (b"*.weight", TypeError, "a bytes; give a function"),
+    ],
+)
+def test_a_mask_that_is_none_is_refused(mask, error, text):
+    with pytest.raises(error, match=text):
+        decays(weight_decay_mask=mask)
+
+
+def test_a_tree_may_name_frozen_parameters_and_need_not():
+    for names in (NAMES, NAMES[1:]):
+        model = a_model()
+        model[0].weight.requires_grad_(False)
+        config = OptimizerConfig(optimizer="lion", lr=0.1, weight_decay=0.5)
+        optimizer = get_optimizer(config, model, weight_decay_mask=dict.fromkeys(names, True))
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_tree_names_the_parameters_of_all_stages(world):
+    groups = ProcessGroupCollection.from_mesh(world.mesh((2,), ("pp",)))
+    model = nn.ModuleDict({"first" if world.rank == 0 else "last": nn.Linear(8, 8)})
+    config = OptimizerConfig(optimizer="adamw", lr=0.1, weight_decay=0.5)
+    tree = {"first": {"weight": True, "bias": False}, "last": {"weight": False, "bias": True}}
+    optimizer = get_optimizer(config, model, groups, weight_decay_mask=tree)
+    found = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert found == ({"first.weight": 0.5, "first.bias": 0.0}, {"last.weight": 0.0, "last.bias": 0.5})[world.rank]
+    with pytest.raises(ValueError, match=r"no entry for \['last\.bias'\]"):  # on both stages
+        get_optimizer(config, model, groups, weight_decay_mask={**tree, "last": {"weight": True}})
+    with pytest.raises(ValueError, match=r"unknown parameter 'middle\.weight'"):
+        get_optimizer(config, model, groups, weight_decay_mask={**tree, "middle": {"weight": True}})
 
 
 def test_overrides_win_over_a_mask():

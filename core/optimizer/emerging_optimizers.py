@@ -34,10 +34,11 @@ from .registry import (
     register_optimizer,
 )
 from .roles import structural_overrides
-from .routing import Mask, Overrides, Routed, check_settings, named_parameters, param_groups, route
+from .routing import Overrides, Routed, check_settings, named_parameters, param_groups, route
 from .rules.adaptive_muon import TensorParallelAdaptiveMuon
 from .rules.tensor_parallel_muon import TensorParallelMuon
 from .steps.weight_decay import METHOD
+from .weight_decay_mask import Mask
 
 __all__ = [
     "_EMERGING_OPTIMIZERS",
@@ -99,16 +100,18 @@ def get_optimizer(
             need them; DTensors (``fully_shard``, ``parallelize_module``) do not, since each carries its mesh.
         param_overrides: Settings for the parameters that a key selects, ``{"optimizer": "adamw", "lr": 1e-3}``; they win
             over the entry's own.
-        weight_decay_mask: Which parameters get weight decay: ``mask(name, param)``, or patterns of names, of which
-            ``"!*.bias"`` excludes; None: those that are not 1-D. Overrides that set ``wd_mult`` win over it.
+        weight_decay_mask: Which parameters get weight decay (:data:`~.weight_decay_mask.Mask`): ``mask(name, param)``; patterns
+            of names, of which ``"!*.bias"`` excludes; or True or False by name, as a flat or nested mapping, or as a function of
+            all parameters that returns one. None: those that are not 1-D. Overrides that set ``wd_mult`` win over it.
         expect: Least number of matrices that must go to an optimizer of matrices, over all pipeline stages; or a glob pattern of
             the names that must. An optimizer of matrices is one that leaves other parameters to Adam.
 
     Raises:
         ValueError: for an unknown name, a missing learning rate, a model without trainable parameters, or overrides that
-            contradict each other or match nothing.
+            contradict each other or match nothing; for a mask that does not fit the parameters.
         UnexpectedRoutingError: on all ranks, when parameters do not go where ``expect`` says; lists them, and why. It is a
             ValueError too.
+        TypeError: for a mask of another kind.
     """
     if config.lr is None:
         raise ValueError("config.lr is None; give the learning rate.")

@@ -14,11 +14,9 @@ from .optimizer_config import OptimizerConfig
 from .param_key import ParamKey, ParamWithNamePredicate
 from .steps.argument_checks import unknown
 from .steps.weight_decay import METHOD
+from .weight_decay_mask import ByPattern, Mask, without_trees
 
 Overrides = Mapping[ParamKey, Mapping[str, Any]]
-
-Mask = Callable[[str, nn.Parameter], bool] | str | Sequence[str]
-"""Selection of the parameters with weight decay: ``mask(name, param)``, or glob patterns of names (:func:`mask_overrides`)."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,13 @@ def route(
 
     Raises:
         ValueError: when two overrides disagree, when an override or a pattern of ``mask`` matches no parameter of any pipeline
-            stage, or when names collide.
+            stage, when a tree of ``mask`` does not fit the parameters, or when names collide.
+        TypeError: for a ``mask`` of another kind than :data:`~.weight_decay_mask.Mask`.
     """
-    named = {name: param for name, param in named_parameters(model_chunks) if param.requires_grad}
-    masked, patterns = ({}, []) if mask is None else mask_overrides(mask)
+    every = named_parameters(model_chunks)
+    named = {name: param for name, param in every if param.requires_grad}
+    frozen = [name for name, param in every if not param.requires_grad]
+    masked, patterns = ({}, []) if mask is None else mask_overrides(without_trees(mask, named, frozen, groups))
     _check_matches(named, [*overrides, *patterns], groups)
     routed = []
     for name, param in named.items():
@@ -90,14 +91,14 @@ def param_groups(routed: Sequence[Routed]) -> list[dict[str, Any]]:
     return groups
 
 
-def mask_overrides(mask: Mask) -> tuple[dict[ParamKey, dict[str, float]], list[ParamKey]]:
+def mask_overrides(mask: ByPattern) -> tuple[dict[ParamKey, dict[str, float]], list[ParamKey]]:
     """``mask`` as overrides that set ``wd_mult`` to 1 where it holds and to 0 elsewhere; and keys of its patterns.
 
     A pattern selects parameters to decay; a pattern that begins with ``!`` excludes parameters: ``("!*.bias", "!*norm*")``
     decays all but these. A parameter is decayed if no excluding pattern matches it and a selecting one does; without
     selecting patterns, all are selected.
     """
-    patterns = () if callable(mask) else (mask,) if isinstance(mask, str) else tuple(mask)
+    patterns = () if callable(mask) else mask
     decayed = mask if callable(mask) else _by_patterns(patterns)
     yes = ParamWithNamePredicate("weight_decay_mask", lambda param, name: bool(decayed(name, param)))
     no = ParamWithNamePredicate("not weight_decay_mask", lambda param, name: not decayed(name, param))

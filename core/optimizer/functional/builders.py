@@ -12,7 +12,8 @@ from ...process_groups_config import ProcessGroupCollection
 from ..emerging_optimizers import get_optimizer, register_optimizer
 from ..optimizer_config import OptimizerConfig
 from ..registry import entry_of
-from ..routing import Mask, Overrides
+from ..routing import Overrides
+from ..weight_decay_mask import Mask
 from .as_functions import FunctionalOptimizer, Schedule
 from .stage_local import (
     StageLocalGradientTransformation,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...process_groups_config import ProcessGroupCollection
-from ..routing import Mask
+from ..weight_decay_mask import Mask
 from .as_functions import FunctionalOptimizer, Gradients, OptimizerState, Schedule, Tensors
 from .transformations import Transformation, clipped, free
 
