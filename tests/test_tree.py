@@ -19,7 +19,7 @@ MAX_LINES = 400
 
 # Files and folders, the deepest that is named counts. Each may import what stands in the rows above its own, and itself.
 LAYERS = (
-    {"cache_blocks", "eager", "module_names", "process_groups_config", "torch_defaults"},
+    {"cache_blocks", "eager", "module_names", "process_groups_config", "serializable", "torch_defaults"},
     {"schedule"},
     {"sharding"},
     {"engine", "philox"},

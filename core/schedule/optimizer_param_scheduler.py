@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from .curves import COEFFICIENTS
-from .scheduler import set_lr
+from .scheduler import write_lr
 
 LR_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WD_STYLES: dict[str, Callable[[float], float]] = {
@@ -99,7 +99,7 @@ class OptimizerParamScheduler:
         """Count ``increment`` more samples, and set ``lr`` and ``weight_decay`` of every group, empty ones too."""
         self.num_steps += increment
         for group in self.optimizer.param_groups:
-            set_lr(group, self.get_lr(group))
+            write_lr(group, self.get_lr(group))
             group["weight_decay"] = self.get_wd(group) * group.get("wd_mult", 1.0)
 
     def get_lr(self, param_group: Mapping[str, Any]) -> float:

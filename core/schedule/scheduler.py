@@ -1,5 +1,6 @@
 """The ``LRScheduler`` that sets the learning rates of any optimizer by any schedule."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ class ScheduleLR(LRScheduler):
             vars(self).update(before)
             raise
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            set_lr(group, lr)
+            write_lr(group, lr)
         self._last_lr: list[float | Tensor] = [_copy(group["lr"]) for group in self.optimizer.param_groups]
         self._set_momentum()
 
@@ -120,24 +121,36 @@ class ScheduleLR(LRScheduler):
                 group["momentum"] = momentum
 
 
-def for_groups(optimizer: Optimizer, name: str, *, floor: float = 0.0, **settings: Any) -> list[Schedule]:
-    """The schedule ``name`` for each parameter group; a group's own ``min_lr``, divided by its peak, is its floor.
+def for_groups(
+    optimizer: Optimizer, name: str, *, floor: float = 0.0, min_lr: float | None = None, **settings: Any
+) -> list[Schedule]:
+    """The schedule ``name`` for each parameter group.
+
+    Args:
+        optimizer: The optimizer; not changed.
+        name: Registered name of a schedule.
+        floor: Lowest learning rate of a group, divided by its peak.
+        min_lr: Lowest learning rate itself (torch's ``eta_min``), in place of ``floor``. A group's own ``min_lr`` wins over both.
+        settings: Other settings of the schedule.
 
     Raises:
-        ValueError: when `make_schedule` raises it, or when a group's ``min_lr`` is above its peak.
+        ValueError: when `make_schedule` raises it, when ``floor`` and ``min_lr`` are both given, or when the lowest learning rate
+            of a group is above its peak.
     """
+    if floor and min_lr is not None:
+        raise ValueError(f"floor is {floor} and min_lr {min_lr}, which say the same; give one of them.")
     schedules = []
     for i, group in enumerate(optimizer.param_groups):
         peak, own = float(group.get("initial_lr", peak_of(group))), {}
         if "floor" in schedule_parameters(name):
-            lowest = group.get("min_lr")
+            lowest = min_lr if group.get("min_lr") is None else group["min_lr"]
             if lowest is not None and lowest > peak:
                 raise ValueError(
                     f"parameter group {i} has min_lr {lowest}, above its peak {peak}; possible: 0 to {peak}."
                 )
             own["floor"] = floor if lowest is None or not peak else lowest / peak
-        elif floor:
-            raise ValueError(f"{name} has no floor, and {floor} was given; leave it out.")
+        elif floor or min_lr:
+            raise ValueError(f"{name} has no floor, and {floor or min_lr} was given; leave it out.")
         schedules.append(make_schedule(name, **own, **settings))
     return schedules
 
@@ -149,7 +162,34 @@ def peak_of(group: dict[str, Any]) -> float | Tensor:
     return _copy(group["lr"])
 
 
-def set_lr(group: dict[str, Any], lr: float | Tensor) -> None:
+def get_lr(optimizer: Optimizer) -> float:
+    """The learning rate of all parameter groups, before their ``lr_mult``.
+
+    Raises:
+        ValueError: when groups differ in it.
+    """
+    rates = [float(group["lr"]) / mult for group in optimizer.param_groups if (mult := group.get("lr_mult", 1.0))]
+    if not rates or not all(math.isclose(rate, rates[0], rel_tol=1e-6) for rate in rates):
+        raise ValueError(
+            f"the parameter groups have the learning rates {rates}, not one; read and write lr in each of param_groups, give "
+            f"groups an lr_mult, or let ScheduleLR keep their ratios."
+        )
+    return float(rates[0])
+
+
+def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
+    """Give all parameter groups the learning rate ``lr``, times their ``lr_mult``; a learning rate that is a tensor is written
+    in place.
+
+    Raises:
+        ValueError: when groups have learning rates of their own, which would be lost (:func:`get_lr`); nothing is changed then.
+    """
+    get_lr(optimizer)
+    for group in optimizer.param_groups:
+        write_lr(group, lr * group.get("lr_mult", 1.0))
+
+
+def write_lr(group: dict[str, Any], lr: float | Tensor) -> None:
     """Write ``lr`` into a parameter group; in place where it holds a tensor."""
     if isinstance(group.get("lr"), Tensor):
         group["lr"].fill_(lr)
