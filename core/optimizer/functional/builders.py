@@ -1,7 +1,9 @@
 """Builders, which make a functional optimizer with a step for pipeline stages out of settings and a schedule."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +18,7 @@ from ..routing import Overrides
 from ..weight_decay_mask import Mask
 from .as_functions import FunctionalOptimizer, Schedule
 from .stage_local import (
+    StageLocalApplyFn,
     StageLocalGradientTransformation,
     StageLocalOptimizerMetadata,
     make_stage_local_gradient_transformation,
@@ -26,8 +29,11 @@ from .transformations import Accumulated, Clipped, Transformation, optimizer_of
 
 __all__ = ["OptimizerBuilder", "RegistryBuilder", "make_transformation", "register_optimizer"]
 
-EXTRA = ("none_grads",)
-"""Arguments of ``RegistryBuilder.build_mpmd`` besides the fields of the metadata."""
+IN_METADATA = ("weight_decay", "weight_decay_mask", "gradient_accumulation_steps", "clip_grad")
+"""Arguments of ``build_mpmd`` that are fields of the metadata; others are put into its ``extra_kwargs``."""
+
+READ = ("none_grads", "pg_collection")
+"""Entries of ``extra_kwargs`` that the step of a stage reads."""
 
 
 class OptimizerBuilder:
@@ -76,6 +82,59 @@ class OptimizerBuilder:
             f"{type(self).__name__} does not implement build_mpmd(...); override it to step pipeline stages one by one."
         )
 
+    def with_weight_decay(self, weight_decay: float | None, weight_decay_mask: Mask | None) -> "OptimizerBuilder":
+        """The builder of the same optimizer with this weight decay, which :meth:`build` includes; None keeps what it has.
+
+        Raises:
+            ValueError: if the builder cannot do that.
+        """
+        raise ValueError(
+            f"{type(self).__name__} takes no weight decay from outside (weight_decay={weight_decay}); set it in the builder's "
+            f"config, or override with_weight_decay(weight_decay, weight_decay_mask)."
+        )
+
+
+def _build_metadata_mpmd_optimizer(
+    config: Any,
+    scheduler: Schedule,
+    *,
+    optimizer: Transformation,
+    stage_local_apply: StageLocalApplyFn,
+    **tx_kwargs: Any,
+) -> StageLocalGradientTransformation:
+    """Give ``optimizer`` the step ``stage_local_apply`` for pipeline stages, with metadata of a config and of arguments.
+
+    Args:
+        config: Settings; ``b1``, ``b2``, ``eps``, ``eps_root`` and ``mu_dtype`` are put into the metadata if it has them.
+        scheduler: Number of finished steps → learning rate.
+        optimizer: The functional optimizer; its ``init`` and ``update`` do not change.
+        stage_local_apply: The step; see :data:`~.stage_local.StageLocalApplyFn`.
+        tx_kwargs: :data:`IN_METADATA`; all others become ``extra_kwargs`` of the metadata.
+    """
+    metadata = StageLocalOptimizerMetadata(
+        scheduler,
+        weight_decay=float(tx_kwargs.get("weight_decay", 0.0)),
+        weight_decay_mask=tx_kwargs.get("weight_decay_mask"),
+        gradient_accumulation_steps=int(tx_kwargs.get("gradient_accumulation_steps", 1)),
+        clip_grad=tx_kwargs.get("clip_grad"),
+        **_adam_settings(config),
+        optimizer_config=config,
+        extra_kwargs={k: v for k, v in tx_kwargs.items() if k not in IN_METADATA},
+    )
+    return make_stage_local_gradient_transformation(optimizer, metadata, stage_local_apply)
+
+
+def _adam_settings(config: Any) -> dict[str, Any]:
+    """The fields of the metadata that begin with ``adamw_``."""
+    names = ("b1", "b2", "eps", "eps_root", "mu_dtype")
+    if not isinstance(config, OptimizerConfig):
+        return {f"adamw_{name}": getattr(config, name, None) for name in names}
+    if config.optimizer not in ("adam", "adamw"):
+        return {}
+    root, dtype = config.settings.get("adam_eps_root", 0.0), config.settings.get("adam_mu_dtype")
+    values = (config.adam_beta1, config.adam_beta2, config.adam_eps, root, dtype)
+    return {f"adamw_{name}": value for name, value in zip(names, values, strict=True)}
+
 
 class RegistryBuilder(OptimizerBuilder):
     """The builder of every optimizer in the registry.
@@ -88,6 +147,10 @@ class RegistryBuilder(OptimizerBuilder):
         param_overrides: Overrides, as for ``get_optimizer``.
         weight_decay_mask: Mask, as for ``get_optimizer``.
         donate: Whether tensors are reused, as for :class:`FunctionalOptimizer`.
+
+    Attributes:
+        pg_collection: The process groups.
+        settings: What ``get_optimizer`` is given; here the config.
     """
 
     def __init__(
@@ -99,19 +162,35 @@ class RegistryBuilder(OptimizerBuilder):
         weight_decay_mask: Mask | None = None,
         donate: bool = False,
     ) -> None:
-        super().__init__(config if config.lr is not None else replace(config, lr=1.0))
-        self._groups = _collection(pg_collection)
-        self._overrides, self._mask = param_overrides, weight_decay_mask
+        self.settings: OptimizerConfig = config if config.lr is not None else replace(config, lr=1.0)
+        super().__init__(self.settings)
+        self.pg_collection = _collection(pg_collection)
+        self._overrides, self._mask = dict(param_overrides or {}), weight_decay_mask
         self._donate = donate
 
     def validate(self) -> None:
         """Raise ValueError for an unknown optimizer, or for settings that its constructor refuses."""
         probe = nn.Parameter(torch.empty(1024, 1024, dtype=torch.float32, device="meta"))
-        get_optimizer(self.config, [_Named({"probe": probe})])
+        get_optimizer(self.settings, [Named({"probe": probe})])
+
+    def with_weight_decay(self, weight_decay: float | None, weight_decay_mask: Mask | None) -> "RegistryBuilder":
+        """As in the base class."""
+        other = copy(self)
+        if weight_decay is not None:
+            other.settings = replace(self.settings, weight_decay=weight_decay)
+            other.config = other.settings if self.config is self.settings else self.config
+        if weight_decay_mask is not None:
+            other._mask = weight_decay_mask
+        return other
 
     def build(self, scheduler: Schedule) -> FunctionalOptimizer:
         """As in the base class; the optimizer includes weight decay, by parameter group."""
-        return self._functional(scheduler, self.config, self._mask)
+        assert self.settings.lr is not None
+        return FunctionalOptimizer(self.optimizer_for, scheduler, lr=self.settings.lr, donate=self._donate)
+
+    def optimizer_for(self, params: dict[str, nn.Parameter]) -> Optimizer:
+        """The ``torch.optim.Optimizer`` of these parameters."""
+        return get_optimizer(self.settings, [Named(params)], self.pg_collection, self._overrides, self._mask)
 
     def build_mpmd(
         self, scheduler: Schedule, *, optimizer: Transformation, **tx_kwargs: Any
@@ -119,49 +198,34 @@ class RegistryBuilder(OptimizerBuilder):
         """As in the base class.
 
         A ``weight_decay`` or ``weight_decay_mask`` that differs from the builder's affects only the stage-local step;
-        ``optimizer.update`` stays as it is. One more argument is ``none_grads`` (:data:`.as_functions.NoneGrads`).
+        ``optimizer.update`` stays as it is. One more argument is ``none_grads`` (:data:`.as_functions.NoneGrads`); others are
+        put into the metadata and have no effect.
 
         Raises:
-            ValueError: for an unknown argument.
+            ValueError: for an argument whose name is almost that of a known one.
             NotImplementedError: when ``optimizer`` was not made by :meth:`build`.
         """
-        known = ("weight_decay", "weight_decay_mask", "gradient_accumulation_steps", "clip_grad")
-        if unknown := sorted(tx_kwargs.keys() - {*known, *EXTRA}):
-            raise ValueError(f"build_mpmd does not know {unknown}; possible: {', '.join((*known, *EXTRA))}.")
+        possible = (*IN_METADATA, *READ)
+        for name in tx_kwargs.keys() - {*possible}:
+            if near := get_close_matches(name, possible, n=1, cutoff=0.75):
+                raise ValueError(
+                    f"build_mpmd does not read {name!r}; did you mean {near[0]!r}? It reads {', '.join(possible)}."
+                )
         inner = optimizer_of(optimizer)
         if inner is None:
             raise NotImplementedError(f"{type(optimizer).__name__} holds no optimizer that build(scheduler) made.")
-        decay = tx_kwargs.get("weight_decay", self.config.weight_decay)
+        decay = tx_kwargs.get("weight_decay", self.settings.weight_decay)
         mask = tx_kwargs.get("weight_decay_mask", self._mask)
-        if (decay, mask) != (self.config.weight_decay, self._mask):
-            inner = self._functional(scheduler, replace(self.config, weight_decay=decay), mask)
-        config, is_adam = self.config, self.config.optimizer in ("adam", "adamw")
-        metadata = StageLocalOptimizerMetadata(
-            scheduler,
-            decay,
-            mask,
-            tx_kwargs.get("gradient_accumulation_steps", 1),
-            tx_kwargs.get("clip_grad"),
-            adamw_b1=config.adam_beta1 if is_adam else None,
-            adamw_b2=config.adam_beta2 if is_adam else None,
-            adamw_eps=config.adam_eps if is_adam else None,
-            adamw_eps_root=config.settings.get("adam_eps_root", 0.0) if is_adam else None,
-            adamw_mu_dtype=config.settings.get("adam_mu_dtype") if is_adam else None,
-            optimizer_config=config,
-            extra_kwargs={k: v for k, v in tx_kwargs.items() if k in EXTRA} | {"pg_collection": self._groups},
+        if (decay, mask) != (self.settings.weight_decay, self._mask):
+            inner = self.with_weight_decay(decay, mask).build(scheduler)
+        given = {"pg_collection": self.pg_collection, **tx_kwargs, "weight_decay": decay, "weight_decay_mask": mask}
+        return _build_metadata_mpmd_optimizer(
+            self.config, scheduler, optimizer=optimizer, stage_local_apply=stage_local_step(inner), **given
         )
-        return make_stage_local_gradient_transformation(optimizer, metadata, stage_local_step(inner))
-
-    def _functional(self, scheduler: Schedule, config: OptimizerConfig, mask: Mask | None) -> FunctionalOptimizer:
-        def make(params: dict[str, nn.Parameter]) -> Optimizer:
-            return get_optimizer(config, [_Named(params)], self._groups, self._overrides, mask)
-
-        assert config.lr is not None
-        return FunctionalOptimizer(make, scheduler, lr=config.lr, donate=self._donate)
 
 
 def make_transformation(
-    config: OptimizerConfig,
+    config: OptimizerConfig | OptimizerBuilder,
     scheduler: Schedule,
     *,
     weight_decay: float | None = None,
@@ -179,55 +243,72 @@ def make_transformation(
     decay; ``apply_gradients_stage_local`` clips and steps.
 
     Args:
-        config: Optimizer name and settings.
+        config: Optimizer name and settings; or a builder, such as those of :mod:`.config_builders`.
         scheduler: Number of finished steps → learning rate.
         weight_decay: Coefficient that replaces ``config.weight_decay``; None keeps that one.
         weight_decay_mask: Parameters to decay, as for ``get_optimizer``.
         gradient_accumulation_steps: Micro-steps per step; a stage-local step raises if there are several.
         clip_grad: Largest global norm of the gradients; None or 0: no clipping.
-        pg_collection: Process groups of the model.
-        param_overrides: Overrides, as for ``get_optimizer``.
-        donate: Whether tensors are reused, as for :class:`FunctionalOptimizer`.
+        pg_collection: Process groups of the model; a builder has its own.
+        param_overrides: Overrides, as for ``get_optimizer``; a builder has its own.
+        donate: Whether tensors are reused, as for :class:`FunctionalOptimizer`; a builder has its own.
         extra_kwargs: Further arguments of the builder's ``build_mpmd``.
 
     Raises:
         ValueError: for invalid settings.
+        TypeError: for an argument that the given builder has already.
     """
-    groups = _collection(pg_collection)
-    if weight_decay is not None:
-        config = replace(config, weight_decay=weight_decay)
-    own = entry_of(config.optimizer).builder
-    builder: OptimizerBuilder = (
-        own(config)
-        if own is not None
-        else RegistryBuilder(
-            config,
-            pg_collection=groups,
-            param_overrides=param_overrides,
-            weight_decay_mask=weight_decay_mask,
-            donate=donate,
-        )
-    )
+    if isinstance(config, OptimizerBuilder):
+        if pg_collection is not None or param_overrides is not None or donate:
+            raise TypeError(
+                f"pg_collection, param_overrides and donate belong to the builder; give them to {type(config).__name__}(...)."
+            )
+        builder, name = config, type(config).__name__
+        if weight_decay is not None or weight_decay_mask is not None:
+            builder = builder.with_weight_decay(weight_decay, weight_decay_mask)
+    else:
+        config = config if weight_decay is None else replace(config, weight_decay=weight_decay)
+        builder, name = _builder_of(config, pg_collection, param_overrides, weight_decay_mask, donate), config.optimizer
+    groups = getattr(builder, "pg_collection", None) or _collection(pg_collection)
     builder.validate()
     tx = builder.build(scheduler)
     if clip_grad:
         tx = Clipped(tx, clip_grad, groups)
     if gradient_accumulation_steps != 1:
         tx = Accumulated(tx, gradient_accumulation_steps)
+    if not isinstance(builder, RegistryBuilder):  # those know their weight decay
+        coefficient = weight_decay if isinstance(config, OptimizerBuilder) else config.weight_decay
+        extra_kwargs |= {"weight_decay": coefficient or 0.0, "weight_decay_mask": weight_decay_mask}
     try:
         return builder.build_mpmd(
             scheduler,
             optimizer=tx,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=weight_decay_mask,
             gradient_accumulation_steps=gradient_accumulation_steps,
             clip_grad=clip_grad,
             **extra_kwargs,
         )
     except NotImplementedError as error:
-        return make_unsupported_stage_local_gradient_transformation(
-            tx, optimizer_type=config.optimizer, reason=str(error)
-        )
+        return make_unsupported_stage_local_gradient_transformation(tx, optimizer_type=name, reason=str(error))
+
+
+def _builder_of(
+    config: OptimizerConfig,
+    pg_collection: ProcessGroupCollection | None,
+    param_overrides: Overrides | None,
+    mask: Mask | None,
+    donate: bool,
+) -> OptimizerBuilder:
+    own = entry_of(config.optimizer).builder
+    if own is not None:
+        built: OptimizerBuilder = own(config)
+        return built
+    return RegistryBuilder(
+        config,
+        pg_collection=pg_collection,
+        param_overrides=param_overrides,
+        weight_decay_mask=mask,
+        donate=donate,
+    )
 
 
 def _collection(pg_collection: Any) -> ProcessGroupCollection:
@@ -235,7 +316,7 @@ def _collection(pg_collection: Any) -> ProcessGroupCollection:
     return ProcessGroupCollection() if pg_collection is None else ProcessGroupCollection.from_any(pg_collection)
 
 
-class _Named(nn.Module):
+class Named(nn.Module):
     """A module whose parameters have arbitrary names, also such as torch does not allow for registered ones."""
 
     def __init__(self, params: dict[str, nn.Parameter]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from ..weight_decay_mask import Mask
 from .as_functions import FunctionalOptimizer, Gradients, OptimizerState, Schedule, Tensors
 from .transformations import Transformation, clipped, free
 
-ApplyFn = Callable[..., tuple[dict[str, Tensor], Any]]
+StageLocalApplyFn = Callable[..., tuple[dict[str, Tensor], Any]]
 """``apply_fn(*, params, grads, opt_state, learning_rate_fn, delete_grads)``, and ``metadata=`` if there is any."""
 
 
@@ -31,8 +31,9 @@ class StageLocalOptimizerMetadata:
         adamw_eps_root: ε inside of the root.
         adamw_mu_dtype: Dtype of the stored first moment; None: the parameter's, but at least float32.
         optimizer_config: All settings of the optimizer.
-        extra_kwargs: Further settings; optimizers of the registry read ``none_grads`` (:data:`~.as_functions.NoneGrads`,
-            default ``zero``) and ``pg_collection``, the process groups that the clip norm is summed over.
+        extra_kwargs: Further settings, for whatever reads them; optimizers of the registry read ``none_grads``
+            (:data:`~.as_functions.NoneGrads`, default ``zero``) and ``pg_collection``, the process groups that the clip norm is
+            summed over.
     """
 
     scheduler: Schedule
@@ -49,20 +50,34 @@ class StageLocalOptimizerMetadata:
     extra_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-class StageLocalGradientTransformation:
-    """A transformation that also has a step for a single pipeline stage.
+class _Functions(NamedTuple):
+    init: Callable[[Tensors], Any]
+    update: Callable[[Gradients, Any, Tensors], tuple[dict[str, Tensor], Any]]
 
-    Attributes:
-        init: ``init(params)`` of the transformation.
-        update: ``update(grads, state, params)`` of the transformation.
-        metadata: Settings of the stage-local step; None if it has none.
+
+class StageLocalGradientTransformation(_Functions):
+    """A transformation, ``(init, update)``, that also has a step for a single pipeline stage.
+
+    Args:
+        init: ``init(params)``, the state before the first step.
+        update: ``update(grads, state, params)``, new parameters and state.
+        apply_fn: The step of a stage; None for none.
+        metadata: Settings of the step of a stage; None if it has none.
     """
 
-    def __init__(
-        self, tx: Transformation, apply_fn: ApplyFn | None = None, metadata: StageLocalOptimizerMetadata | None = None
-    ) -> None:
-        self.init, self.update, self.metadata = tx.init, tx.update, metadata
-        self._apply = apply_fn
+    metadata: StageLocalOptimizerMetadata | None
+    _apply: StageLocalApplyFn | None
+
+    def __new__(
+        cls,
+        init: Callable[[Tensors], Any],
+        update: Callable[[Gradients, Any, Tensors], tuple[dict[str, Tensor], Any]],
+        apply_fn: StageLocalApplyFn | None = None,
+        metadata: StageLocalOptimizerMetadata | None = None,
+    ) -> Self:
+        self = super().__new__(cls, init, update)
+        self.metadata, self._apply = metadata, apply_fn
+        return self
 
     def apply_gradients_stage_local(
         self,
@@ -104,23 +119,22 @@ class StageLocalGradientTransformation:
 
 
 def make_stage_local_gradient_transformation(
-    tx: Transformation, metadata: StageLocalOptimizerMetadata | None = None, apply_fn: ApplyFn | None = None
+    tx: Transformation, metadata: StageLocalOptimizerMetadata | None = None, apply_fn: StageLocalApplyFn | None = None
 ) -> StageLocalGradientTransformation:
     """Add ``apply_fn`` to ``tx`` as its stage-local step.
 
     Args:
         tx: The functional optimizer; its ``init`` and ``update`` do not change.
         metadata: Passed to ``apply_fn`` as ``metadata=``; gradients are clipped to its ``clip_grad`` before ``apply_fn``.
-        apply_fn: The step; see :data:`ApplyFn`.
+        apply_fn: The step; see :data:`StageLocalApplyFn`.
 
     Raises:
         ValueError: if ``apply_fn`` is None.
     """
     if apply_fn is None:
         raise ValueError("apply_fn is None; give the stage-local step of the optimizer.")
-    return StageLocalGradientTransformation(
-        tx, apply_fn if metadata is None else _with_metadata(apply_fn, metadata), metadata
-    )
+    with_metadata = apply_fn if metadata is None else _with_metadata(apply_fn, metadata)
+    return StageLocalGradientTransformation(tx.init, tx.update, with_metadata, metadata)
 
 
 def make_unsupported_stage_local_gradient_transformation(
@@ -144,7 +158,7 @@ def make_unsupported_stage_local_gradient_transformation(
     return make_stage_local_gradient_transformation(tx, apply_fn=refuse)
 
 
-def stage_local_step(optimizer: FunctionalOptimizer) -> ApplyFn:
+def stage_local_step(optimizer: FunctionalOptimizer) -> StageLocalApplyFn:
     """The stage-local step of an optimizer of the registry: the step of its class on the parameters of the stage."""
 
     def apply(
@@ -174,7 +188,7 @@ def stage_local_step(optimizer: FunctionalOptimizer) -> ApplyFn:
     return apply
 
 
-def _with_metadata(apply_fn: ApplyFn, metadata: StageLocalOptimizerMetadata) -> ApplyFn:
+def _with_metadata(apply_fn: StageLocalApplyFn, metadata: StageLocalOptimizerMetadata) -> StageLocalApplyFn:
     groups = ProcessGroupCollection.from_any(metadata.extra_kwargs.get("pg_collection", ProcessGroupCollection()))
 
     def apply(*, params: Tensors, grads: Gradients, delete_grads: bool = False, **kwargs: Any) -> Any:
