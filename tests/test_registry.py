@@ -275,3 +275,9 @@ class TestChain:
         _, chain = self.make()
         with pytest.raises(ValueError, match="several optimizers; say which one is to step them"):
             chain.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+def test_the_logger_says_what_each_optimizer_is_given(caplog):
+    with caplog.at_level("INFO", logger=registry.logger.name):
+        get_optimizer(config(optimizer="lion"), nn.Linear(4, 4))
+    assert caplog.messages == ["lion steps 2 parameters of this rank"]

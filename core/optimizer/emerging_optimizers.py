@@ -3,6 +3,7 @@
 To add an optimizer, see :mod:`.registry`.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -57,9 +58,14 @@ __all__ = [
     "get_optimizer",
     "get_supported_coefficient_types",
     "list_optimizers",
+    "logger",
     "register_optimizer",
     "validate_coefficient_type",
 ]
+
+
+logger = logging.getLogger(__name__)
+"""Logs, at level INFO, how many parameters of this rank each optimizer is given."""
 
 
 def get_supported_coefficient_types() -> tuple[str, ...]:
@@ -140,6 +146,7 @@ def get_optimizer(
         check_settings(name, optimizer)
         init_state(optimizer, config)
         members[name] = optimizer
+        logger.info("%s steps %d parameters of this rank", name, sum(len(group["params"]) for group in member_groups))
     if not members:
         raise ValueError(
             "no parameter of the model, on any pipeline stage, requires a gradient; call requires_grad_(True) on those that are "
