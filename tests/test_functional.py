@@ -80,6 +80,17 @@ def test_a_tree_of_booleans_masks_weight_decay_on_both_paths(tree):
         make_transformation(configured("adamw"), schedule, weight_decay_mask={"a.weight": True}).init(params)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_updates_are_the_difference(donate):
+    params = weights()
+    tx = make_transformation(configured("muon"), schedule, donate=donate)
+    wanted, _ = make_transformation(configured("muon"), schedule).update(gradients(0), tx.init(weights()), weights())
+    found, state = tx.updates(gradients(0), tx.init(params), params)
+    check_equal(params, weights())
+    check_equal(found, {name: wanted[name] - p for name, p in params.items()})
+    assert state.step == 1
+
+
 def test_the_normal_path_steps_with_the_mean_of_micro_steps():
     params = weights()
     stepped = Stepped(configured("adamw"), params)

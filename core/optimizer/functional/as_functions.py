@@ -89,9 +89,16 @@ class FunctionalOptimizer:
     ) -> tuple[dict[str, Tensor], OptimizerState]:
         """:meth:`apply` with the schedule, and with torch's convention for gradients that are None (``skip``).
 
-        Returns the new parameters and not a difference, because adding a difference would round once more.
+        Returns the new parameters and not a difference, because adding a difference would round once more; :meth:`updates`
+        returns it.
         """
         return self.apply(params, grads, state, none_grads="skip")
+
+    def updates(
+        self, grads: Gradients, state: OptimizerState, params: Tensors
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
+        """:meth:`update`, with the difference that it makes to each parameter, as optax returns it; ``params`` do not change."""
+        return differences(self.update, grads, state, params)
 
     @runs_eagerly
     @torch.no_grad()
@@ -203,6 +210,23 @@ class FunctionalOptimizer:
                 _put(local(slots[slot]), local(value))
             else:
                 slots[slot] = value
+
+
+@torch.no_grad()
+def differences(
+    update: Callable[[Gradients, Any, Tensors], tuple[dict[str, Tensor], Any]],
+    grads: Gradients,
+    state: Any,
+    params: Tensors,
+) -> tuple[dict[str, Tensor], Any]:
+    """What ``update`` makes of ``params``, minus ``params``, which have their values again afterwards; and the new state."""
+    before = {name: p.detach().clone() for name, p in params.items()}
+    new, state = update(grads, state, params)
+    difference = {name: new[name].detach() - p for name, p in before.items()}
+    for name, p in params.items():
+        if new[name] is p:  # donated
+            local(p).copy_(local(before[name]))
+    return difference, state
 
 
 def as_parameter(p: Tensor, *, copy: bool) -> nn.Parameter:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...process_groups_config import ProcessGroupCollection
 from ..weight_decay_mask import Mask
-from .as_functions import FunctionalOptimizer, Gradients, OptimizerState, Schedule, Tensors
+from .as_functions import FunctionalOptimizer, Gradients, OptimizerState, Schedule, Tensors, differences
 from .transformations import Transformation, clipped, free
 
 StageLocalApplyFn = Callable[..., tuple[dict[str, Tensor], Any]]
@@ -78,6 +78,10 @@ class StageLocalGradientTransformation(_Functions):
         self = super().__new__(cls, init, update)
         self.metadata, self._apply = metadata, apply_fn
         return self
+
+    def updates(self, grads: Gradients, state: Any, params: Tensors) -> tuple[dict[str, Tensor], Any]:
+        """``update``, with the difference that it makes to each parameter, as optax returns it; ``params`` do not change."""
+        return differences(self.update, grads, state, params)
 
     def apply_gradients_stage_local(
         self,
