@@ -15,6 +15,21 @@ from .optimizer.emerging_optimizers import list_optimizers as list_optimizers
 from .optimizer.emerging_optimizers import register_optimizer as register_optimizer
 from .optimizer.forgather_state import from_forgather_state as from_forgather_state
 from .optimizer.functional.builders import make_transformation as make_transformation
+from .optimizer.functional.config_builders import AdafactorOptimizer as AdafactorOptimizer
+from .optimizer.functional.config_builders import AdamWOptimizer as AdamWOptimizer
+from .optimizer.functional.config_builders import LionOptimizer as LionOptimizer
+from .optimizer.functional.config_builders import MarsOptimizer as MarsOptimizer
+from .optimizer.functional.config_builders import MuonOptimizer as MuonOptimizer
+from .optimizer.functional.config_builders import QuadOptimizer as QuadOptimizer
+from .optimizer.functional.config_builders import RMSPropOptimizer as RMSPropOptimizer
+from .optimizer.functional.config_builders import SkewOptimizer as SkewOptimizer
+from .optimizer.functional.configs import AdafactorConfig as AdafactorConfig
+from .optimizer.functional.configs import AdamWConfig as AdamWConfig
+from .optimizer.functional.configs import LionConfig as LionConfig
+from .optimizer.functional.configs import MarsConfig as MarsConfig
+from .optimizer.functional.configs import MuonConfig as MuonConfig
+from .optimizer.functional.configs import RMSPropConfig as RMSPropConfig
+from .optimizer.functional.configs import WhiteKronConfig as WhiteKronConfig
 from .optimizer.memory import memory_report as memory_report
 from .optimizer.optimizer_config import OptimizerConfig as OptimizerConfig
 from .optimizer.optimizer_config import ParamKey as ParamKey
@@ -26,8 +41,19 @@ from .optimizer.rules.parts.subspace_projectors import RandProjector as RandProj
 from .optimizer.speculative_step import SpeculativeStep as SpeculativeStep
 from .optimizer.steps.torch_class import on_whole_tensors as on_whole_tensors
 from .process_groups_config import ProcessGroupCollection as ProcessGroupCollection
+from .schedule import ConstantSchedulerBuilder as ConstantSchedulerBuilder
+from .schedule import CosineAnnealingWarmRestarts as CosineAnnealingWarmRestarts
+from .schedule import CosineSchedulerBuilder as CosineSchedulerBuilder
+from .schedule import LinearScheduler as LinearScheduler
+from .schedule import LinearSchedulerBuilder as LinearSchedulerBuilder
 from .schedule import OptimizerParamScheduler as OptimizerParamScheduler
 from .schedule import ScheduleLR as ScheduleLR
+from .schedule import SchedulerBuilder as SchedulerBuilder
+from .schedule import SchedulerConfig as SchedulerConfig
+from .schedule import WarmRestartConfig as WarmRestartConfig
+from .schedule import build_scheduler as build_scheduler
 from .schedule import for_groups as for_groups
+from .schedule import get_lr as get_lr
+from .schedule import set_lr as set_lr
 
 __version__: str
