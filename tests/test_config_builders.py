@@ -114,6 +114,10 @@ def test_masks_inside_and_outside_of_a_config_add_up():
         "w": 0.6,
         "b": 0.0,
     }
+    with pytest.raises(
+        ValueError, match=r"weight_decay_mask is given without weight_decay; .* that WhiteKronConfig has"
+    ):
+        make_transformation(kron, lr, weight_decay_mask="b")
     assert decays(LionOptimizer(LionConfig()).with_weight_decay(0.5, "!b")) == {"w": 0.501, "b": 0.001}
     for mask, text in (("c", "'c' matches no parameter"), ({"w": True}, r"no entry for \['b'\]")):
         with pytest.raises(ValueError, match=text):

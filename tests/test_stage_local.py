@@ -138,6 +138,12 @@ def test_a_mask_and_a_weight_decay_of_the_stage_local_path():
     check_equal(new, stepped.params)
     assert tx.metadata is not None
     assert (tx.metadata.weight_decay, tx.metadata.weight_decay_mask, tx.metadata.adamw_b2) == (0.5, mask, 0.999)
+    own = RegistryBuilder(configured("adamw", weight_decay=0.5), weight_decay_mask=mask)
+    kept = own.build_mpmd(schedule, optimizer=own.build(schedule), weight_decay=None, weight_decay_mask=None)
+    assert kept.metadata is not None
+    assert (kept.metadata.weight_decay, kept.metadata.weight_decay_mask) == (0.5, mask)
+    new, _ = kept.apply_gradients_stage_local(params=params, grads=gradients(0), opt_state=kept.init(params))
+    check_equal(new, stepped.params)
 
 
 def test_the_metadata_is_injected_and_the_rest_is_forwarded():

@@ -197,9 +197,9 @@ class RegistryBuilder(OptimizerBuilder):
     ) -> StageLocalGradientTransformation:
         """As in the base class.
 
-        A ``weight_decay`` or ``weight_decay_mask`` that differs from the builder's affects only the stage-local step;
-        ``optimizer.update`` stays as it is. One more argument is ``none_grads`` (:data:`.as_functions.NoneGrads`); others are
-        put into the metadata and have no effect.
+        A ``weight_decay`` or ``weight_decay_mask`` that is not None and differs from the builder's affects only the stage-local
+        step; ``optimizer.update`` stays as it is. One more argument is ``none_grads`` (:data:`.as_functions.NoneGrads`);
+        others are put into the metadata and have no effect.
 
         Raises:
             ValueError: for an argument whose name is almost that of a known one.
@@ -214,8 +214,9 @@ class RegistryBuilder(OptimizerBuilder):
         inner = optimizer_of(optimizer)
         if inner is None:
             raise NotImplementedError(f"{type(optimizer).__name__} holds no optimizer that build(scheduler) made.")
-        decay = tx_kwargs.get("weight_decay", self.settings.weight_decay)
-        mask = tx_kwargs.get("weight_decay_mask", self._mask)
+        decay, mask = (tx_kwargs.get(name) for name in ("weight_decay", "weight_decay_mask"))
+        decay = self.settings.weight_decay if decay is None else decay
+        mask = self._mask if mask is None else mask
         if (decay, mask) != (self.settings.weight_decay, self._mask):
             inner = self.with_weight_decay(decay, mask).build(scheduler)
         given = {"pg_collection": self.pg_collection, **tx_kwargs, "weight_decay": decay, "weight_decay_mask": mask}

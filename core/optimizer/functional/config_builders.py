@@ -1,7 +1,8 @@
 """Builders of the optimizers that the configs of :mod:`.configs` describe, under eFormer's names.
 
 ``build(scheduler)`` gives the optimizer with the weight decay that it has by itself. ``weight_decay`` and ``weight_decay_mask``
-of ``make_transformation`` and ``build_mpmd`` add to it. No mask means all parameters here, 1-D ones too.
+of ``make_transformation`` and ``build_mpmd`` add another one to it; that mask is of that one alone. No mask means all parameters
+here, 1-D ones too.
 """
 
 from collections.abc import Mapping
@@ -68,6 +69,19 @@ class ConfigBuilder(RegistryBuilder):
         )
         super().__init__(settings, pg_collection=pg_collection, param_overrides=param_overrides, donate=donate)
         self.config = config
+
+    def with_weight_decay(self, weight_decay: float | None, weight_decay_mask: Mask | None) -> RegistryBuilder:
+        """As in the base class; in addition to the optimizer's own weight decay.
+
+        Raises:
+            ValueError: for a mask without a weight decay from outside.
+        """
+        if weight_decay is None and weight_decay_mask is not None and not self.settings.weight_decay:
+            raise ValueError(
+                f"weight_decay_mask is given without weight_decay; it masks only what is added to the weight decay that "
+                f"{self.config_cls.__name__} has. Give weight_decay too."
+            )
+        return super().with_weight_decay(weight_decay, weight_decay_mask)
 
     def optimizer_for(self, params: dict[str, nn.Parameter]) -> Optimizer:
         """As in the base class; each parameter's weight decay is the sum of the optimizer's own and that from outside."""

@@ -4,7 +4,7 @@
 may be given by its name.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,7 +22,7 @@ COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
 
 @dataclass
-class Config(SerializationMixin):
+class Config(SerializationMixin, ABC):
     """Base of the configs.
 
     Raises:
