@@ -176,12 +176,13 @@ def test_an_absolute_lowest_rate_for_every_group():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.5})
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.5, "min_lr": 0.2})
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.0})
     ours = ScheduleLR(optimizer, for_groups(optimizer, "cosine-with-restarts", t_0=4, min_lr=1e-3))
     for _ in range(3):
         optimizer.step()
         ours.step()
     share = 0.5 * (1 + math.cos(math.pi * 3 / 4))
-    wanted = [low + (high - low) * share for high, low in ((0.1, 1e-3), (0.5, 1e-3), (0.5, 0.2))]
+    wanted = [low + (high - low) * share for high, low in ((0.1, 1e-3), (0.5, 1e-3), (0.5, 0.2), (0.0, 0.0))]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(wanted)
     with pytest.raises(ValueError, match=r"floor is 0.1 and min_lr 0.001, which say the same"):
         for_groups(optimizer, "linear", total=4, floor=0.1, min_lr=1e-3)

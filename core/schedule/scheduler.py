@@ -131,6 +131,7 @@ def for_groups(
         name: Registered name of a schedule.
         floor: Lowest learning rate of a group, divided by its peak.
         min_lr: Lowest learning rate itself (torch's ``eta_min``), in place of ``floor``. A group's own ``min_lr`` wins over both.
+            A group whose learning rate is 0 has neither and stays at 0.
         settings: Other settings of the schedule.
 
     Raises:
@@ -143,7 +144,9 @@ def for_groups(
     for i, group in enumerate(optimizer.param_groups):
         peak, own = float(group.get("initial_lr", peak_of(group))), {}
         if "floor" in schedule_parameters(name):
-            lowest = min_lr if group.get("min_lr") is None else group["min_lr"]
+            lowest = group.get("min_lr")
+            if lowest is None and peak:
+                lowest = min_lr
             if lowest is not None and lowest > peak:
                 raise ValueError(
                     f"parameter group {i} has min_lr {lowest}, above its peak {peak}; possible: 0 to {peak}."
@@ -178,8 +181,7 @@ def get_lr(optimizer: Optimizer) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
-    """Give all parameter groups the learning rate ``lr``, times their ``lr_mult``; a learning rate that is a tensor is written
-    in place.
+    """Give all parameter groups the learning rate ``lr``, times their ``lr_mult``. One that is a tensor is written in place.
 
     Raises:
         ValueError: when groups have learning rates of their own, which would be lost (:func:`get_lr`); nothing is changed then.
