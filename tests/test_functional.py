@@ -91,6 +91,15 @@ def test_updates_are_the_difference(donate):
     assert state.step == 1
 
 
+def test_output_layers_are_found_by_the_names_of_their_modules():
+    params = {"first.weight": torch.randn(8, 8), "output.weight": torch.randn(16, 8), "train.weight": torch.randn(8, 8)}
+    tx = make_transformation(configured("muon"), schedule)
+    state = tx.init({**params, "a..b": torch.randn(4)})
+    kept = {name: set(slots) - {"step"} for name, slots in state.slots.items()}
+    moments, momentum = {"exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+    assert kept == {"first.weight": momentum, "output.weight": moments, "train.weight": momentum, "a..b": moments}
+
+
 def test_the_normal_path_steps_with_the_mean_of_micro_steps():
     params = weights()
     stepped = Stepped(configured("adamw"), params)

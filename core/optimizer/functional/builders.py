@@ -1,6 +1,7 @@
 """Builders, which make a functional optimizer with a step for pipeline stages out of settings and a schedule."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from difflib import get_close_matches
@@ -318,11 +319,25 @@ def _collection(pg_collection: Any) -> ProcessGroupCollection:
 
 
 class Named(nn.Module):
-    """A module whose parameters have arbitrary names, also such as torch does not allow for registered ones."""
+    """A module whose parameters have arbitrary names, also such as torch does not allow for registered ones.
+
+    Where names are paths of modules, these modules exist, so that parameters are routed as those of the model are.
+    """
 
     def __init__(self, params: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self._named: Sequence[tuple[str, nn.Parameter]] = list(params.items())
+        for name, p in self._named:
+            *path, last = name.split(".")
+            # torch has no modules or parameters of some names; such parameters are known by their names alone.
+            with suppress(KeyError):
+                module: nn.Module = self
+                for part in path:
+                    if part not in module._modules:
+                        module.add_module(part, nn.Module())
+                    module = module.get_submodule(part)
+                if path:
+                    module.register_parameter(last, p)
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters with their names."""

@@ -88,7 +88,7 @@ class ConfigBuilder(RegistryBuilder):
         masks = [_overrides(mask, params, self.pg_collection) for mask in (self.config.own_decay_mask, self._mask)]
         (own, own_patterns), (outside, outside_patterns) = masks
         decay = {
-            name: self.config.own_decay(p) * own.matches(p, name)
+            id(p): self.config.own_decay(p) * own.matches(p, name)
             + self.settings.weight_decay * outside.matches(p, name)
             for name, p in params.items()
         }
@@ -108,9 +108,9 @@ def _overrides(
     return next(key for key, settings in masked.items() if settings["wd_mult"]), patterns
 
 
-def _with_decay(decay: Mapping[str, float], value: float) -> ParamKey:
+def _with_decay(decay: Mapping[int, float], value: float) -> ParamKey:
     return ParamKey(
-        with_name_predicate=ParamWithNamePredicate(f"weight decay {value}", lambda p, name: decay[name] == value)
+        with_name_predicate=ParamWithNamePredicate(f"weight decay {value}", lambda p, name: decay[id(p)] == value)
     )
 
 
