@@ -209,3 +209,35 @@ def test_bad_arguments_change_nothing(make, said):
         make(optimizer)
     assert optimizer.param_groups[0]["lr"] == BASE
     assert "initial_lr" not in optimizer.param_groups[0]
+
+
+class TestGroupsThatChange:
+    def test_an_added_group_gets_the_schedule_of_all(self):
+        p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        optimizer = torch.optim.AdamW([p], lr=0.4)
+        scheduler = ScheduleLR(optimizer, lambda k: 0.5**k)
+        optimizer.step()
+        scheduler.step()
+        optimizer.add_param_group({"params": [q], "lr": 0.1})
+        optimizer.step()
+        scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.025])
+        state = scheduler.state_dict()
+        again = ScheduleLR(optimizer, lambda k: 0.5**k)
+        again.load_state_dict(state)
+        assert again.get_last_lr() == pytest.approx([0.1, 0.025])
+
+    @pytest.mark.parametrize("add", [True, False])
+    def test_other_groups_than_the_schedules_are_refused(self, add):
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+        optimizer = torch.optim.AdamW([{"params": [params[0]]}, {"params": [params[1]]}], lr=0.4)
+        scheduler = ScheduleLR(optimizer, [lambda k: 0.5**k] * 2)
+        optimizer.step()
+        if add:
+            optimizer.add_param_group({"params": [params[2]]})
+        else:
+            optimizer.param_groups.pop()
+        with pytest.raises(
+            ValueError, match=r"has [13] parameter groups, and this scheduler was made for 2; make a new one"
+        ):
+            scheduler.step()

@@ -30,7 +30,7 @@ class ScheduleLR(LRScheduler):
             known in a resumed run.
     """
 
-    unsaved: frozenset[str] = frozenset({"optimizer", "schedules", "momentum"})
+    unsaved: frozenset[str] = frozenset({"optimizer", "schedules", "momentum", "_for_all"})
     """Attributes that are never saved and never loaded."""
 
     def __init__(
@@ -42,6 +42,7 @@ class ScheduleLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         groups = optimizer.param_groups
+        self._for_all = schedule if callable(schedule) else None
         self.schedules = [schedule] * len(groups) if callable(schedule) else [*schedule]
         if len(self.schedules) != len(groups):
             raise ValueError(
@@ -66,7 +67,26 @@ class ScheduleLR(LRScheduler):
         self.base_lrs: list[float | Tensor] = [float(base) for base in self.base_lrs]
 
     def get_lr(self) -> list[float | Tensor]:
+        self._follow_groups()
         return [float(base) * self.factor(i) for i, base in enumerate(self.base_lrs)]
+
+    def _follow_groups(self) -> None:
+        """Give groups that were added since the last step the schedule of all groups, with their ``lr`` as the peak.
+
+        Raises:
+            ValueError: when each group has a schedule of its own, or a group was removed.
+        """
+        groups, known = self.optimizer.param_groups, len(self.base_lrs)
+        if len(groups) < known or (len(groups) > known and self._for_all is None):
+            raise ValueError(
+                f"the optimizer has {len(groups)} parameter groups, and this scheduler was made for {known}; make a new one, "
+                f"with a schedule for each group and last_epoch={self.last_epoch}."
+            )
+        for group in groups[known:]:
+            assert self._for_all is not None
+            group.setdefault("initial_lr", peak_of(group))
+            self.base_lrs.append(float(group["initial_lr"]))
+            self.schedules.append(self._for_all)
 
     def factor(self, group: int) -> float:
         """Factor of the peak of parameter group number ``group`` at the present step."""
