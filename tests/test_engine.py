@@ -20,7 +20,8 @@ def rows(world, whole: Tensor) -> tuple[Tensor, Layout]:
 @pytest.fixture
 def calls(monkeypatch):
     made = []
-    for name in ("all_reduce", "all_to_all_single", "all_gather_single"):
+    all_gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    for name in ("all_reduce", "all_to_all_single", all_gather):
         original = getattr(dist, name)
         monkeypatch.setattr(dist, name, lambda *a, _f=original, _n=name, **k: (made.append(_n), _f(*a, **k))[1])
     return made

@@ -62,7 +62,9 @@ def _all_gather(moves: Sequence[Move]) -> Callable[[], list[Tensor | None]]:
     longest = max(sum(_numel(move, blocks) for move, blocks in zip(moves, row, strict=True)) for row in incoming)
     send = _packed(like.new_empty(longest), moves, [incoming[me]])
     recv = like.new_empty(domain.size * longest)
-    work = dist.all_gather_single(recv, send, group=domain.group, async_op=True)
+    # Before torch 2.13 it has only the name that 2.13 warns of.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    work = gather(recv, send, group=domain.group, async_op=True)
     return _arrival(work, [send], moves, recv.split(longest), incoming)
 
 
