@@ -7,7 +7,7 @@ import torch
 
 from core.linalg import autotune
 from core.linalg.autotune import cache_file, plan_for
-from core.linalg.newton_schulz import coefficients
+from core.linalg.coefficients import coefficients
 from core.linalg.variants import Variant, variant_for, variants_for
 
 CPU = torch.device("cpu")

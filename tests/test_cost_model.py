@@ -15,8 +15,9 @@ from core.cost.cheapest import choose
 from core.cost.dealing import deal, waves_of
 from core.cost.measure import measure
 from core.cost.model import COSTS, Link, Machine, Matrices, exact_costs, predict, team_size
+from core.linalg.coefficients import coefficients
 from core.linalg.matmul_precision import matmul_precision
-from core.linalg.newton_schulz import coefficients, newton_schulz
+from core.linalg.newton_schulz import newton_schulz
 from core.linalg.newton_schulz_cost import total_flops
 from core.process_groups_config import ProcessGroupCollection
 from core.sharding.dealing import deal_to_least

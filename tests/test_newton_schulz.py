@@ -1,6 +1,7 @@
 """Every way to evaluate the Newton-Schulz iteration, against the same polynomial in float64 and against emerging-optimizers."""
 
 import statistics
+from typing import get_args
 
 import emerging_optimizers.orthogonalized_optimizers as library
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from core import engine
 from core.linalg import products
+from core.linalg.coefficients import coefficients
 from core.linalg.iteration import iterate
-from core.linalg.newton_schulz import coefficients, newton_schulz
+from core.linalg.newton_schulz import newton_schulz
 from core.linalg.variants import Variant, fine_restarts, variant_for, variants_for
 from core.process_groups_config import Axis
 from core.sharding.layout import Layout, Split
@@ -26,7 +28,9 @@ SETS = [
     ("cans", 5),
     ("aol", 4),
     ("deepseekv4", 10),
+    ("cubic5", 5),
 ]
+LIBRARYS_SETS = [(kind, steps) for kind, steps in SETS if kind in get_args(library.muon_utils.NSCoeffT)]
 QUINTIC = coefficients("quintic", 5)
 # With the dtype of the matrices and the precision.
 VARIANTS = [
@@ -97,7 +101,22 @@ def emerging(x: Tensor, kind: str, steps: int, precision: str) -> Tensor:
         return library.muon_utils.newton_schulz(x, steps, kind)
 
 
-@pytest.mark.parametrize(("kind", "steps"), SETS)
+@pytest.mark.parametrize(
+    ("kind", "steps"), [*LIBRARYS_SETS, *((kind, 11) for kind, _ in LIBRARYS_SETS if kind != "cubic5")]
+)
+def test_coefficients_are_the_librarys(kind, steps):
+    x = matrix("gauss", 24, 40)
+    assert error(run(x[None], coefs=coefficients(kind, steps))[0], emerging(x, kind, steps, "highest").double()) < 2e-5
+
+
+def test_a_set_of_fixed_length_is_taken_whole():
+    with pytest.raises(ValueError, match="exactly 5 iterations, got 6"):
+        coefficients("cubic5", 6)
+    with pytest.raises(ValueError, match=r"'custom' has no coefficients; possible: .*'cubic5'"):
+        coefficients("custom", 5)
+
+
+@pytest.mark.parametrize(("kind", "steps"), LIBRARYS_SETS)
 def test_sixteen_bits_are_as_exact_as_the_librarys(kind, steps):
     coefs = coefficients(kind, steps)
     ratios: dict[torch.device, list[float]] = {CPU: [], CUDA: []}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.linalg.newton_schulz import coefficients, newton_schulz
+from core.linalg.coefficients import coefficients
+from core.linalg.newton_schulz import newton_schulz
 from core.linalg.variants import is_fast_in_bfloat16, variant_for
 from core.optimizer.rules import tensor_parallel_muon
 from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon

@@ -6,7 +6,6 @@ from math import prod
 from typing import Any
 
 import torch
-from emerging_optimizers.orthogonalized_optimizers.muon_utils import _COEFFICIENT_SETS, get_coefficient_iterator
 from torch import Tensor
 
 from ..sharding.layout import Layout
@@ -15,8 +14,6 @@ from .matmul_precision import matmul_precision
 from .products import runs_unbatched
 from .variants import SIXTEEN_BIT_DTYPES, Coefficients, Variant, variant_for
 
-__all__ = ["Coefficients", "coefficients", "newton_schulz", "relative_cost"]
-
 MAX_BATCH_SENSITIVE_ROWS = 16
 """Rows up to which torch chooses the kernel of 16-bit products on CPU by how many matrices are stacked, which changes bits; such
 matrices run one at a time."""
@@ -24,21 +21,6 @@ matrices run one at a time."""
 ALIGNMENT = 64
 """Bytes. Some processors' kernels choose their path, and so the last bits, by the alignment of each matrix: matrices whose size
 puts the next one of a stack off this alignment run one at a time, and one that arrives off it is copied first."""
-
-
-def coefficients(coefficient_type: str, steps: int) -> Coefficients:
-    """(a, b, c) of each of ``steps`` iterations, as the installed ``emerging_optimizers`` uses them.
-
-    Raises:
-        ValueError: for a name without coefficients, as ``custom`` is.
-    """
-    if coefficient_type not in _COEFFICIENT_SETS:
-        raise ValueError(
-            f"coefficient_type {coefficient_type!r} has no coefficients; possible: {sorted(_COEFFICIENT_SETS)}."
-        )
-    repeats_last = coefficient_type in ("polar_express", "cans", "deepseekv4")
-    mode = "repeat_last" if repeats_last else "cycle"
-    return tuple(get_coefficient_iterator(steps, _COEFFICIENT_SETS[coefficient_type], mode=mode))
 
 
 def newton_schulz(

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
-from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
 from torch import nn
 from torch.optim import Optimizer
 
+from ..linalg.coefficients import COEFFICIENT_SETS
 from ..process_groups_config import ProcessGroupCollection
 from ..sharding.parameter_layout import layout_of
 from .chained import ChainedOptimizer
@@ -37,6 +37,7 @@ from .registry import (
 from .roles import structural_overrides
 from .routing import Overrides, Routed, check_settings, named_parameters, param_groups, route
 from .rules.adaptive_muon import TensorParallelAdaptiveMuon
+from .rules.parts.ns_coefficients import CUSTOM
 from .rules.tensor_parallel_muon import TensorParallelMuon
 from .steps.weight_decay import METHOD
 from .weight_decay_mask import Mask
@@ -69,8 +70,8 @@ logger = logging.getLogger(__name__)
 
 
 def get_supported_coefficient_types() -> tuple[str, ...]:
-    """Names of the coefficient sets in the installed ``emerging_optimizers``."""
-    return get_args(NSCoeffT)
+    """Names of the sets of Newton-Schulz coefficients, and ``custom``."""
+    return (*COEFFICIENT_SETS, CUSTOM)
 
 
 def validate_coefficient_type(coefficient_type: str) -> None:

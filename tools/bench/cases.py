@@ -12,7 +12,7 @@ from emerging_optimizers.orthogonalized_optimizers import Muon, get_muon_scale_f
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from core.linalg.newton_schulz import coefficients
+from core.linalg.coefficients import coefficients
 from core.optimizer.rules.tensor_parallel_muon import TensorParallelMuon
 from core.process_groups_config import ProcessGroupCollection
 from core.sharding.tp_modes import TP_MODES

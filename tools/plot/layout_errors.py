@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.multiprocessing.spawn import start_processes
 
 from core import TensorParallelMuon
-from core.linalg.newton_schulz import coefficients
+from core.linalg.coefficients import coefficients
 
 from ..bench.cases import MEGATRON, OURS, TP_SCALE, TP_SET, normal, tensor_parallel
 from ..bench.command import environment

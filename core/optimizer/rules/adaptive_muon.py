@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon
 from torch import Tensor
@@ -60,6 +60,7 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
         ns_coeffs: NsCoeffs | None = None,
         ns_plan: str = "static",
         auto_rates: Rates | None = None,
+        use_syrk: Literal[False] = False,
     ) -> None:
         choice("moment2_method", moment2_method, get_args(Moment2))
         fraction("beta2", beta2)
@@ -92,6 +93,7 @@ class TensorParallelAdaptiveMuon(TensorParallelMuon, AdaptiveMuon):
             ns_coeffs=ns_coeffs,
             ns_plan=ns_plan,
             auto_rates=auto_rates,
+            use_syrk=use_syrk,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

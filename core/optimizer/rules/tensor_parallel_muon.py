@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from emerging_optimizers.orthogonalized_optimizers import (
@@ -56,8 +56,9 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         qkv_split_shapes: Rows of q, k, v (and gate) in one query group; an attribute of that name on the parameter wins.
             For other fused weights (gate/up) a parameter's attribute ``matrix_parts`` holds the rows.
         fp32_matmul_prec: ``highest``, ``high`` (tf32) or ``medium`` (bfloat16 Newton-Schulz).
-        coefficient_type: Set of Newton-Schulz coefficients of emerging-optimizers, or ``custom`` for ``ns_coeffs``.
-        num_ns_steps: Newton-Schulz iterations, at least 1.
+        coefficient_type: Set of Newton-Schulz coefficients (:data:`core.linalg.coefficients.COEFFICIENT_SETS`), or ``custom`` for
+            ``ns_coeffs``.
+        num_ns_steps: Newton-Schulz iterations, at least 1; exactly 5 with ``cubic5``.
         scale_mode: ``shape_scaling``, ``spectral`` or ``unit_rms_norm``.
         extra_scale_factor: Additional factor of the update.
         pg_collection: Process groups, ours or Megatron-Core's; needed when plain tensors are sharded or replicated.
@@ -70,6 +71,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
             of a file with such a plan.
         auto_rates: Rates from which ``auto`` predicts: FLOP/s of products, bytes/s of memory, seconds of latency and bytes/s
             of the link; None measures them once.
+        use_syrk: Argument of Megatron-Core's class for a kernel that is not used here; only False is possible.
 
     Raises:
         ValueError: for an argument out of range, a parameter that is not 2-D, or a split that does not fit.
@@ -105,7 +107,12 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         ns_coeffs: NsCoeffs | None = None,
         ns_plan: str = "static",
         auto_rates: Rates | None = None,
+        use_syrk: Literal[False] = False,
     ) -> None:
+        if use_syrk:
+            raise ValueError(
+                "use_syrk=True asks for emerging-optimizers' Triton kernel, which this class does not run; leave it out."
+            )
         if num_ns_steps < 1:
             raise ValueError(f"num_ns_steps must be at least 1, got {num_ns_steps}")
         coefs = ns_coefficients(coefficient_type, num_ns_steps, ns_coeffs)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ....linalg.newton_schulz import Coefficients, coefficients
+from ....linalg.coefficients import coefficients
+from ....linalg.variants import Coefficients
 
 CUSTOM = "custom"
 """The ``coefficient_type`` whose numbers are the argument ``ns_coeffs``."""
