@@ -12,6 +12,7 @@ from .optimizer.emerging_optimizers import TensorParallelAdaptiveMuon as TensorP
 from .optimizer.emerging_optimizers import TensorParallelMuon as TensorParallelMuon
 from .optimizer.emerging_optimizers import get_optimizer as get_optimizer
 from .optimizer.emerging_optimizers import list_optimizers as list_optimizers
+from .optimizer.emerging_optimizers import missing_optimizers as missing_optimizers
 from .optimizer.emerging_optimizers import register_optimizer as register_optimizer
 from .optimizer.forgather_state import from_forgather_state as from_forgather_state
 from .optimizer.functional.builders import make_transformation as make_transformation

@@ -31,6 +31,7 @@ from .registry import (
     _muon_config_to_kwargs,
     entry_of,
     list_optimizers,
+    missing_optimizers,
     needs_l2,
     register_optimizer,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "get_supported_coefficient_types",
     "list_optimizers",
     "logger",
+    "missing_optimizers",
     "register_optimizer",
     "validate_coefficient_type",
 ]

@@ -21,7 +21,7 @@ from .rules.ademamix import AdEMAMix
 from .rules.apollo import Apollo, ApolloMini
 from .rules.bge_adam import BGEAdam
 from .rules.came import Came
-from .rules.emerging_library import LIBRARY, library_optimizer
+from .rules.emerging_library import library, library_optimizer, missing
 from .rules.hn_adam import HNAdam
 from .rules.lamb_lars import Lamb, Lars
 from .rules.lion import Lion
@@ -245,10 +245,11 @@ def entry_of(name: str) -> EmergingOptimizerEntry:
     """The entry called ``name``, in upper or lower case, also from emerging-optimizers and entry points of other packages.
 
     Raises:
-        ValueError: for an unknown name; names the nearest.
+        ValueError: for an unknown name; names the nearest. For one that only other releases of emerging-optimizers have, says
+            which.
     """
     name = name.lower()
-    if name in LIBRARY and name not in _EMERGING_OPTIMIZERS:
+    if name in library() and name not in _EMERGING_OPTIMIZERS:
         # The second beta of emerging-optimizers' Lion is the decay of a mean of the gradient, not of its square.
         special = () if name == "eo_lion" else (None,)
         _EMERGING_OPTIMIZERS[name] = entry_for(name, library_optimizer(name), *special)
@@ -257,7 +258,7 @@ def entry_of(name: str) -> EmergingOptimizerEntry:
             register_optimizer(name, point.load())
             break
         else:
-            raise ValueError(unknown("optimizer", name, list_optimizers()))
+            raise ValueError(missing().get(name) or unknown("optimizer", name, list_optimizers()))
     return _EMERGING_OPTIMIZERS[name]
 
 
@@ -277,7 +278,7 @@ def register_optimizer(name: str, entry: EmergingOptimizerEntry | type | None = 
         ValueError: when the name is taken.
     """
     name = name.lower()
-    if name in _EMERGING_OPTIMIZERS or name in LIBRARY:
+    if name in _EMERGING_OPTIMIZERS or name in library():
         raise ValueError(f"optimizer {name!r} is already registered, as {entry_of(name).optimizer_cls.__name__}.")
     if entry is None:
         return lambda cls: register_optimizer(name, cls)
@@ -292,8 +293,18 @@ def register_optimizer(name: str, entry: EmergingOptimizerEntry | type | None = 
 
 
 def list_optimizers() -> tuple[str, ...]:
-    """All registered names in alphabetical order, including entry points of other packages."""
-    return tuple(sorted({*_EMERGING_OPTIMIZERS, *LIBRARY, *(point.name for point in entry_points(group=ENTRY_POINTS))}))
+    """All names in alphabetical order, with those of the installed emerging-optimizers and of entry points of other packages.
+
+    :func:`missing_optimizers` has the names that only other releases of emerging-optimizers have.
+    """
+    return tuple(
+        sorted({*_EMERGING_OPTIMIZERS, *library(), *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    )
+
+
+def missing_optimizers() -> dict[str, str]:
+    """Names that only other releases of emerging-optimizers have → why the installed one does not offer them."""
+    return missing()
 
 
 _READS = {"adamw": ("adam",), "adaptive_muon": ("adaptive_muon", "muon")}

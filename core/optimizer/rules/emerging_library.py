@@ -1,96 +1,98 @@
-"""The optimizers of emerging-optimizers, by name, exact on shards."""
+"""The optimizers of the installed emerging-optimizers, by name, exact on shards."""
 
 import importlib
+import re
 import warnings
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import torch
 from emerging_optimizers import registry
-from emerging_optimizers.orthogonalized_optimizers.sinkhorn_muon import SinkhornMuon
-from emerging_optimizers.utils import SinkhornMapper
-from torch import nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer
 
+from ..steps.constructor_settings import constructor_arguments
 from ..steps.torch_class import LibraryStep, on_whole_tensors
+from .parts.emerging_corrections import CORRECTED, SPECIAL
 
+UNPREFIXED = (
+    "laprop mop muon_hyperball oblique_adam oblique_sgd polargrad psgd_pro rekls scion sinkhorn_muon spel".split()
+)
+"""Names that are the same here and in emerging-optimizers' registry; any other ``name`` there is ``eo_<name>`` here."""
 
-class MappedSinkhornMuon(SinkhornMuon):
-    """Sinkhorn-Muon that accepts any initial weights.
-
-    With ``map_weights`` the constructor normalizes weights that are not Sinkhorn-normalized in place, as every step does,
-    instead of refusing them. Other arguments are those of the base class.
-    """
-
-    def __init__(self, params: ParamsT, *args: Any, map_weights: bool = True, **kwargs: Any) -> None:
-        weights: list[Any] = list(params)
-        try:
-            super().__init__(weights, *args, **kwargs)
-        except ValueError:
-            if not map_weights:
-                raise
-            mapper = SinkhornMapper(kwargs.get("num_iters", 20), kwargs.get("eps", 1e-8))
-            for p in weights:
-                mapper(p, inplace=True)
-            super().__init__(weights, *args, **kwargs)
-
-
-def _psgd_state(optimizer: Any, p: nn.Parameter) -> dict[str, Any]:
-    factors = [torch.eye(n, dtype=torch.float32, device=p.device) * optimizer.precond_init_scale for n in p.shape]
-    bounds = [torch.ones((), dtype=torch.float32, device=p.device) for _ in p.shape]
-    return {"step": 0, "exp_avg": torch.zeros_like(p), "Q": factors, "L": bounds}
-
-
-def _sgd_state(optimizer: Any, p: nn.Parameter) -> dict[str, Any]:
-    return {"momentum_buffer": torch.zeros_like(p)}
-
-
-def _adam_state(optimizer: Any, p: nn.Parameter) -> dict[str, Any]:
-    return {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-
-MODULES = {
-    "adaptive_muon": "orthogonalized_optimizers.adaptive_muon",
-    "laprop": "scalar_optimizers.laprop",
-    "lion": "scalar_optimizers.lion",
-    "mop": "orthogonalized_optimizers.mop",
-    "muon": "orthogonalized_optimizers.muon",
-    "muon_hyperball": "orthogonalized_optimizers.muon_hyperball",
-    "oblique_adam": "riemannian_optimizers.normalized_optimizer",
-    "oblique_sgd": "riemannian_optimizers.normalized_optimizer",
-    "polargrad": "orthogonalized_optimizers.polargrad",
-    "psgd_pro": "psgd.psgd",
-    "rekls": "soap.rekls",
-    "scion": "orthogonalized_optimizers.scion",
-    "sinkhorn_muon": "orthogonalized_optimizers.sinkhorn_muon",
-    "soap": "soap.soap",
-    "spel": "orthogonalized_optimizers.spel",
+NOT_IN_EVERY_RELEASE = {
+    "eo_iso": "0.4 and later",
+    "eo_kl_m_soap": "0.4 and later",
+    "eo_kl_soap": "0.5 and later",
+    "eo_kl_soap_v3": "0.4 only",
+    "eo_moso": "0.4 and later",
+    "eo_rekls_v3": "0.5 and later",
+    "eo_signum": "0.4 and later",
+    "eo_sim_ademamix": "0.4 and later",
+    "eo_stacked_soap": "0.4 and later",
+    "eo_tp_rekls": "0.4 and later",
+    "sinkhorn_muon": "0.3 only",
 }
-"""Name in emerging-optimizers' registry → module. Modules are imported on demand, since some load torch's compiler."""
+"""Name in this package → the releases of emerging-optimizers, from 0.3 on, that have the optimizer."""
 
-LIBRARY = {f"eo_{name}" if name in ("adaptive_muon", "lion", "muon", "soap") else name: name for name in MODULES}
-"""Name in this package → name in emerging-optimizers; names that this package uses itself become ``eo_<name>``."""
+_REGISTRATION = re.compile(r"""^@(?:registry\.)?register_optimizer\(\s*["'](\w+)["']\s*\)""", re.MULTILINE)
 
-REPLACED: dict[str, type[Optimizer]] = {"sinkhorn_muon": MappedSinkhornMuon}
 
-SPECIAL: dict[str, dict[str, Any]] = {
-    "adaptive_muon": {"momentum": 0.95, "weight_decay": 0.01},
-    "laprop": {"any_shape": True, "float32_only": False},
-    "lion": {"any_shape": True, "float32_only": False},
-    "muon_hyperball": {"transient": ("hyperball_R",)},
-    "oblique_adam": {"initialise": _adam_state, "float32_only": False},
-    "oblique_sgd": {"initialise": _sgd_state, "float32_only": False},
-    "psgd_pro": {"initialise": _psgd_state, "random": True},
-}
-"""Arguments of :func:`on_whole_tensors`, for the classes that need any."""
+@cache
+def library() -> dict[str, str]:
+    """Name in this package → name in the registry of the installed emerging-optimizers."""
+    return {name if name in UNPREFIXED else f"eo_{name}": name for name in sorted(_modules())}
+
+
+def missing() -> dict[str, str]:
+    """Name in this package → why the installed emerging-optimizers cannot serve it, for what some release of it has."""
+    here = version("emerging-optimizers")
+    return {
+        name: f"emerging-optimizers {here} has no optimizer {name.removeprefix('eo_')!r}; it is in release {releases}."
+        for name, releases in NOT_IN_EVERY_RELEASE.items()
+        if name not in library()
+    }
 
 
 @cache
 def library_optimizer(name: str) -> type[LibraryStep]:
-    """The whole-tensor version of the class that :data:`LIBRARY` lists as ``name``."""
-    library_name = LIBRARY[name]
+    """The whole-tensor version of the class that :func:`library` lists as ``name``; imports the class's module."""
+    library_name = library()[name]
+    module = _modules()[library_name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # raised inside torch while its compiler loads
-        importlib.import_module(f"emerging_optimizers.{MODULES[library_name]}")
-    cls = REPLACED.get(library_name, registry.get_optimizer_cls(library_name))
-    return on_whole_tensors(cls, **SPECIAL.get(library_name, {}))
+        importlib.import_module(module)
+    cls: type[Optimizer] = registry.get_optimizer_cls(library_name)
+    if library_name in CORRECTED:
+        cls = CORRECTED[library_name](cls)
+    scalar = {"any_shape": True, "float32_only": False} if ".scalar_optimizers" in module else {}
+    arguments: dict[str, Any] = {**scalar, **_exact_products(cls), **SPECIAL.get(library_name, {})}
+    return on_whole_tensors(cls, **arguments)
+
+
+def _exact_products(cls: type[Optimizer]) -> dict[str, str]:
+    """Defaults that keep float32 products in float32, where the class would let an accelerator round them to TF32."""
+    return {
+        name: "highest"
+        for name, argument in constructor_arguments(cls).items()
+        if name.endswith("fp32_matmul_prec") and argument.default == "high"
+    }
+
+
+@cache
+def _modules() -> dict[str, str]:
+    """Name in the registry of emerging-optimizers → the module that registers it.
+
+    The names are read in the source, without importing it: some modules load torch's compiler, and an optimizer moves to
+    another module from one release to the next.
+    """
+    spec = find_spec("emerging_optimizers")
+    assert spec is not None
+    found: dict[str, str] = {}
+    for folder in map(Path, spec.submodule_search_locations or ()):
+        for path in sorted(folder.rglob("*.py")):
+            parts = ("emerging_optimizers", *path.relative_to(folder).with_suffix("").parts)
+            module = ".".join(parts).removesuffix(".__init__")
+            found |= dict.fromkeys(_REGISTRATION.findall(path.read_text(encoding="utf-8")), module)
+    return found

@@ -35,6 +35,7 @@ class LibraryStep(WholeStep):
     random: bool
     transient: tuple[str, ...]
     float32_only: bool
+    from_weights: bool
     __signature__: inspect.Signature
 
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
@@ -105,7 +106,9 @@ class LibraryStep(WholeStep):
         finite = bool(g.isfinite().all())
         inside = self._lend(group)
         inside["params"] = [param]
-        self._inner.state = defaultdict(dict, {param: _restored(self._probe(tuple(p.shape), group), slots)})
+        like = self._probe(tuple(p.shape), group)
+        begins = self.from_weights and not slots["step"]
+        self._inner.state = defaultdict(dict, {} if begins else {param: _restored(like, slots)})
         try:
             with torch.compiler.set_stance("force_eager"), torch_defaults(), self._seeded(p, slots, name):
                 self._inner.step()
@@ -197,6 +200,7 @@ def on_whole_tensors(
     random: bool = False,
     transient: tuple[str, ...] = (),
     float32_only: bool = True,
+    from_weights: bool = False,
     **defaults: Any,
 ) -> type[LibraryStep]:
     """A class that updates a parameter, however it is sharded, as ``inner`` updates the whole parameter, bit for bit.
@@ -209,13 +213,15 @@ def on_whole_tensors(
     Args:
         inner: An optimizer whose update of a parameter needs nothing but that parameter, its gradient and its state.
         initialise: Makes the state; needed if ``inner`` has no method ``_init_group(group, skip_non_grad_params)`` for that.
-            The state must not depend on the weights.
+            The state must not depend on the weights, unless ``from_weights``.
         any_shape: Whether ``inner`` takes parameters that are not 2-D.
         random: Whether ``inner`` draws from torch's global generators. Before each step of each parameter they are seeded from
             ``seed``, the parameter's name and the number of its steps so far, and restored afterwards, so that all layouts
             and resumed runs draw the same numbers.
         transient: Names of state that a step makes and the next step does not need.
         float32_only: Whether ``inner`` cannot update float64 parameters.
+        from_weights: Whether the first step of ``inner`` makes its state of the weights. ``initialise`` then only gives shapes
+            and a number ``step``; while that is 0, ``inner`` steps without a state and so makes one.
         defaults: Default values of arguments that have none in ``inner``.
 
     Raises:
@@ -249,6 +255,7 @@ def on_whole_tensors(
             "random": random,
             "transient": transient,
             "float32_only": float32_only,
+            "from_weights": from_weights,
         },
     )
     return made
