@@ -133,6 +133,7 @@ class ProcessGroupCollection:
 
         Raises:
             TypeError: for a process group or a dict, which have no such attributes and would stand for no groups at all.
+            ValueError: for Megatron-Core's generalized tensor parallelism, whose shards of weights are padded.
         """
         if isinstance(groups, ProcessGroupCollection):
             return groups
@@ -141,6 +142,13 @@ class ProcessGroupCollection:
                 f"pg_collection is a {type(groups).__name__}, but must be a collection of process groups; write "
                 f"ProcessGroupCollection(tp=…, dp=…)."
             )
+        for axis in ("gtp_remat", "expt_gtp_remat"):
+            group = getattr(groups, axis, None)
+            if group is not None and group.size() > 1:
+                raise ValueError(
+                    f"{group.size()} ranks of {axis} hold rows of each weight, and would step them as if they were whole "
+                    f"matrices. Leave generalized tensor parallelism out."
+                )
         names = [f.name for f in fields(cls) if not f.name.startswith("_")]
         taken: dict[str, Any] = {name: getattr(groups, name, None) for name in names}
         return cls(**taken)

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,6 @@ def config(**settings: Any) -> Any:
 def test_the_mode_is_exact_unless_asked_for():
     from core.megatron.settings import Settings
 
-    assert config().muon_tp_mode == "blockwise"
     assert Settings(config(), "muon").muon_tp_mode == "owner"
     assert Settings(config(muon_tp_mode="distributed"), "muon").muon_tp_mode == "distributed"
     asked = config()
@@ -148,6 +148,7 @@ def test_learning_rates_follow_the_width_as_megatrons_do(rule, names):
     from megatron.core.optimizer import get_mup_config_overrides
 
     import core.megatron  # noqa: F401
+    from core.optimizer.registry import list_optimizers
 
     matrix, vector, table = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 4), (4,), (8, 4)))
     table.is_embedding_or_output_parameter = table.is_embedding_parameter = True  # type: ignore[attr-defined]
@@ -158,7 +159,7 @@ def test_learning_rates_follow_the_width_as_megatrons_do(rule, names):
         return [(name, given) for name, p in weights.items() for key, given in found.items() if key.matches(p, name)]
 
     expected = overrides(rule)
-    for name in names:
+    for name in set(names) & set(list_optimizers()):
         assert overrides(f"shardstep_{name}") == expected, name
     fourth = {"max_lr": 0.025, "min_lr": 0.0025}
     assert dict(expected).get("layers.0.fc.weight") == {
@@ -204,12 +205,24 @@ def test_what_would_step_wrongly_is_refused(settings, words):
         _EMERGING_OPTIMIZERS[given.optimizer].config_to_kwargs(given, [], None)
 
 
+def test_a_kernel_of_later_versions_is_refused():
+    from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+
+    import core.megatron  # noqa: F401
+
+    given = config()
+    given.muon_use_syrk = True  # a field from 0.20 on
+    with pytest.raises(ValueError, match="leave --muon-use-syrk out"):
+        _EMERGING_OPTIMIZERS[given.optimizer].config_to_kwargs(given, [], None)
+
+
 def test_a_version_without_the_registry_is_refused(monkeypatch):
     from core.megatron import upstream
 
-    with pytest.raises(ImportError, match=r"Megatron-Core 0\.19\.2 has no .*emerging_optimizers with _NO_SUCH_NAME"):
+    here = re.escape(upstream.installed())
+    with pytest.raises(ImportError, match=rf"Megatron-Core {here} has no .*emerging_optimizers with _NO_SUCH_NAME"):
         upstream.lookup(upstream.REGISTRY, "_NO_SUCH_NAME")
-    monkeypatch.setattr(upstream, "version", lambda _: "0.17.1")
+    monkeypatch.setattr(upstream, "installed", lambda: "0.17.1")
     monkeypatch.setitem(sys.modules, upstream.REGISTRY, None)
     with pytest.raises(ImportError, match=r"Core 0\.17\.1 has no .*pip install 'megatron-core>=0\.18,<0\.20'"):
         upstream.lookup(upstream.REGISTRY, "_EMERGING_OPTIMIZERS")
@@ -276,7 +289,7 @@ def test_all_that_is_patched_is_listed():
     before = dict(upstream.PATCHED)
     core.megatron.register()
     assert before == upstream.PATCHED
-    in_core = {name: function for name, function in before.items() if name.startswith("megatron.core.")}
+    in_core = [name for name in before if name.startswith("megatron.core.")]
     assert set(in_core) == {
         "megatron.core.dist_checkpointing.load",
         "megatron.core.dist_checkpointing.optimizer.make_sharded_optimizer_tensor",
@@ -288,7 +301,22 @@ def test_all_that_is_patched_is_listed():
         "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
         "megatron.core.optimizer.optimizer.ChainedOptimizer.sharded_state_dict",
     }
-    for name, function in in_core.items():
+    for name in in_core:
+        function = pkgutil.resolve_name(name)
+        assert function.shardstep
+        assert not hasattr(function.__wrapped__, "shardstep")  # patched once
         assert function.__name__ == name.rpartition(".")[2]
         assert inspect.signature(function) == inspect.signature(function.__wrapped__)
-        assert pkgutil.resolve_name(name) is function
+
+
+def test_the_launcher_lists_every_patch_with_its_reason(capsys, monkeypatch):
+    from core.megatron import __main__ as launcher
+    from core.megatron import upstream
+
+    monkeypatch.setattr(launcher, "extend_arguments", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["launcher", "--patches"])
+    launcher.main()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == f"patched in Megatron-Core {upstream.installed()}:"
+    assert lines[::2] == list(upstream.PATCHED)
+    assert all(line.startswith("    Megatron") and line.endswith(".") for line in lines[1::2])

@@ -75,10 +75,13 @@ def test_a_run_goes_on_as_if_it_had_not_ended(played, run, like, tolerance):
 
 
 def test_another_learning_rate_is_this_runs(played):
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
     _, found = played
     assert found["ours, another lr, from theirs"]["lr"] == [0.02]
-    # Megatron's own is left as it is.
-    assert "Could not find parameter group with key" in found["theirs, another lr, from theirs"]["error"]
+    # Megatron's own is left as it is; in 0.18 it does not tell groups apart by their rates.
+    if "max_lr" in param_group_identifier_keys:
+        assert "Could not find parameter group with key" in found["theirs, another lr, from theirs"]["error"]
 
 
 def test_what_cannot_be_loaded_changes_nothing(played):

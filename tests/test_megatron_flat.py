@@ -38,8 +38,26 @@ def pairs(plain: Mapping[str, FlatCase], **changes: Any) -> dict[str, FlatCase]:
     }
 
 
+@pytest.fixture
+def flat_ranges() -> None:
+    """For tests that need a Megatron-Core whose distributed optimizer takes other optimizers than Adam."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if not hasattr(DistributedOptimizer, "optimizer_state_keys"):
+        pytest.skip("Megatron-Core 0.18's distributed optimizer takes only Adam, and ours are refused there")
+
+
+def test_a_distributed_optimizer_that_takes_only_adam_is_refused(monkeypatch):
+    from core.megatron import flat_ranges as module
+
+    monkeypatch.delattr(module.DistributedOptimizer, "optimizer_state_keys", raising=False)
+    config = SimpleNamespace(optimizer=ADAMW)
+    with pytest.raises(ValueError, match=r"shardstep_adamw.*needs Megatron-Core 0\.19 or later; .*_layer_wise_"):
+        module.flat_optimizer(torch.optim.AdamW, {}, config, [], None, None)
+
+
 @pytest.mark.timeout(250)
-def test_ranges_are_stepped_as_parameters_are(tmp_path):
+def test_ranges_are_stepped_as_parameters_are(tmp_path, flat_ranges):
     plain = {"16 bits": FlatCase(ADAMW, bf16=True, clip=0), "32 bits": FlatCase(ADAMW, clip=0.5)}
     found = run(tmp_path, pairs(plain), 2)
     assert found["16 bits flat"]["unlike"] == 0  # without clipping nothing is added up in another order
@@ -50,7 +68,7 @@ def test_ranges_are_stepped_as_parameters_are(tmp_path):
 
 
 @pytest.mark.timeout(250)
-def test_ranges_begin_anew_when_a_trainer_clears_their_state(tmp_path):
+def test_ranges_begin_anew_when_a_trainer_clears_their_state(tmp_path, flat_ranges):
     again = FlatCase(ADAMW, clip=0, on=True, resets=True)
     found = run(tmp_path, {**pairs({"reset": again}), "kept": FlatCase(ADAMW, clip=0, on=True, like="reset")}, 2)
     assert found["reset flat"]["unlike"] < 1e-6
@@ -70,7 +88,7 @@ ELEMENTWISE = {
 
 @pytest.mark.soak
 @pytest.mark.timeout(300)
-def test_every_elementwise_optimizer_runs_on_ranges(tmp_path):
+def test_every_elementwise_optimizer_runs_on_ranges(tmp_path, flat_ranges):
     plain = {name: FlatCase(name, bf16=True, clip=0, settings=said) for name, said in ELEMENTWISE.items()}
     found = run(tmp_path, pairs(plain, overlap=True), 2)
     assert {name: found[f"{name} flat"]["unlike"] for name in plain} == dict.fromkeys(plain, 0)
@@ -86,7 +104,7 @@ def test_no_elementwise_optimizer_is_forgotten():
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_ranges_on_every_layout_have_the_loss_of_one_rank(tmp_path):
+def test_ranges_on_every_layout_have_the_loss_of_one_rank(tmp_path, flat_ranges):
     whole = {"dense": FlatCase(ADAMW), "experts": FlatCase(ADAMW, experts=4)}
     layouts = {
         "dense": {"dp4": {}, "tp2 dp2": {"tp": 2}, "pp2 dp2": {"pp": 2}},
@@ -105,7 +123,7 @@ def test_ranges_on_every_layout_have_the_loss_of_one_rank(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.timeout(300)
-def test_a_large_gradient_skips_a_step_on_ranges(tmp_path):
+def test_a_large_gradient_skips_a_step_on_ranges(tmp_path, flat_ranges):
     case = FlatCase(ADAMW, how="flat", layer_wise=True, skip=1e-3)
     found = run(tmp_path, {"skips": case, "frozen": flat(case, "skips", settings={"lr": 0.0}, skip=0.0)}, 2)
     assert found["frozen"]["unlike"] == 0
@@ -129,7 +147,7 @@ def test_the_layer_wise_optimizer_steps_whole_parameters(tmp_path):
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("optimizer", [ADAMW, "shardstep_ademamix", "shardstep_rmsprop", "shardstep_lion"])
-def test_a_run_on_ranges_goes_on_from_its_checkpoint(tmp_path, optimizer):
+def test_a_run_on_ranges_goes_on_from_its_checkpoint(tmp_path, flat_ranges, optimizer):
     through = FlatCase(optimizer, how="flat", layer_wise=True, bf16=True, saves="fully", on=True)
     buckets = flat(through, "", saves="buckets", on=False, sharding="dp_reshardable")
     cases = {

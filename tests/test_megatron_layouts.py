@@ -63,6 +63,10 @@ SAME: list[tuple[str, str, float]] = [
 @pytest.mark.timeout(450)
 @pytest.mark.parametrize(("case", "like", "rel"), SAME)
 def test_every_layout_trains_as_one_rank(daily, case, like, rel):
+    from core.megatron.upstream import installed
+
+    if case.startswith("latent") and installed().startswith("0.18."):
+        pytest.skip("gradients of latent attention depend on tensor parallelism in Megatron-Core 0.18")
     check_same(daily[case], daily[like], rel)
 
 

@@ -31,6 +31,8 @@ def extend_arguments() -> None:
 def _parsed(
     parse: Callable[..., argparse.Namespace], extra_args_provider: Provider | None = None, *rest: Any, **more: Any
 ) -> argparse.Namespace:
+    """Megatron's ``parse_args``, with the names and flags of our optimizers."""
+
     # Ours come last, where a flag of the script's own that is called like one of ours is seen.
     def extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return add_arguments(extra_args_provider(parser) if extra_args_provider else parser)

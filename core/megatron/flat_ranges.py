@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..sharding.layout import Layout
 from .resume import resumes
-from .upstream import DISTRIBUTED, FACTORY, PARALLEL, lookup
+from .upstream import DISTRIBUTED, FACTORY, PARALLEL, installed, lookup
 
 DistributedOptimizer: Any
 (DistributedOptimizer,) = lookup(DISTRIBUTED, "DistributedOptimizer")
@@ -114,7 +114,16 @@ def flat_optimizer(
 
     Returns:
         A ``ChainedOptimizer``: of dense parameters, and of experts where there are any.
+
+    Raises:
+        ValueError: when this Megatron-Core's distributed optimizer takes no optimizer but Adam.
     """
+    if not hasattr(DistributedOptimizer, "optimizer_state_keys"):
+        raise ValueError(
+            f"optimizer={config.optimizer!r} with use_distributed_optimizer=True needs Megatron-Core 0.19 or later; the "
+            f"distributed optimizer of {installed()} takes only Adam. Set use_layer_wise_distributed_optimizer=True and "
+            f"use_distributed_optimizer=False in OptimizerConfig, or leave both out."
+        )
     chain, collection, groups_and_buffers = lookup(
         FACTORY, "ChainedOptimizer", "ProcessGroupCollection", "_get_param_groups_and_buffers"
     )

@@ -23,6 +23,7 @@ def keep_together(name_of: Callable[[str], str | None]) -> None:
     """
 
     def with_ours(theirs: Callable[..., None], model_chunks: Sequence[nn.Module]) -> None:
+        """Megatron-Core's ``tag_params_for_buffer_routing``, which follows an optimizer of ours that the command line names."""
         theirs(model_chunks)
         name = name_of(str(flags().get("optimizer")))
         if name is not None:

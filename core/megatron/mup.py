@@ -24,6 +24,7 @@ def follow_width(name_of: Callable[[str], str | None]) -> None:
     """
 
     def with_ours(theirs: Callable[..., Any], config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
+        """Megatron-Core's ``get_mup_config_overrides``, which knows an optimizer of ours by the name that its rules follow."""
         name = name_of(optimizer_type)
         return theirs(config, mup_width_mult, optimizer_type if name is None else rule(name))
 

@@ -25,6 +25,7 @@ _UNSERVED = {
     "optimizer_cpu_offload": "state would stay where the parameters are; use_distributed_optimizer=True divides it instead",
     "overlap_param_gather_with_optimizer_step": "parameters would not be gathered; overlap_param_gather=True overlaps with the "
     "forward pass",
+    "muon_use_syrk": "ours have no Triton kernel for the products of Newton-Schulz; leave --muon-use-syrk out",
     "optimizer_cuda_graph": "steps are counted on the host, and a graph would repeat the same one",
 }
 """Settings of Megatron-Core's that ours do not follow, and what to do."""

@@ -142,7 +142,7 @@ def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
 def _counterpart(group: Mapping[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
     """The saved settings of the parameters of ``group``."""
     (theirs,) = lookup(CHAIN, "param_group_identifier_keys")
-    keys = tuple(dict.fromkeys((*theirs, "optimizer")))  # 0.18 has the last in the groups, not in these
+    keys = tuple(dict.fromkeys((*theirs, "optimizer", *RATES)))  # 0.18 has the last ones in the groups, not in these
     wanted = _identity(group, keys)
     fixed = [i for i, key in enumerate(keys) if key not in RATES]
     near = [other for other in saved if all(_identity(other, keys)[i] == wanted[i] for i in fixed)]

@@ -50,10 +50,12 @@ class Settings:
         return bool(self._flags.get(SPLIT_HEADS) or getattr(self._config, SPLIT_HEADS, False))
 
     def _tp_mode(self) -> str:
-        """Our flag where it is given; else Megatron's mode where that is exact, which its default is not; else ``owner``."""
+        """Our flag where it is given; else Megatron's mode where that is exact and not just its default; else ``owner``."""
         asked = self._flags.get(TP_MODE) or getattr(self._config, TP_MODE, None)
         theirs = getattr(self._config, "muon_tp_mode", None)
-        return asked or (theirs if theirs in EXACT else "owner")
+        # Its default is blockwise in 0.19, and duplicated from 0.20 on, which owner equals bit for bit in less time.
+        by_default = getattr(type(self._config), "muon_tp_mode", None)
+        return asked or (theirs if theirs in EXACT and theirs != by_default else "owner")
 
 
 def flags() -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""The names of Megatron-Core that this package uses, looked up in one place, and its functions that are patched."""
+"""The names of Megatron-Core that this package uses, looked up in one place, and its functions that are patched.
 
+Beside the functions in :data:`PATCHED`, two tables of Megatron-Core get further entries: its registry of optimizers
+(:mod:`.registration`) and the attributes that copies of a parameter keep (:mod:`.parameter_tags`).
+"""
+
+import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 REGISTRY = "megatron.core.optimizer.emerging_optimizers"
@@ -24,7 +28,7 @@ RUN_WITH = "megatron-core>=0.18,<0.20"
 
 
 PATCHED: dict[str, Callable[..., Any]] = {}
-"""Every function and method of Megatron-Core that ours stand around, by its full name, and what stands there now."""
+"""Every function and method of Megatron-Core that was patched, by its full name, and what of ours is called in its place."""
 
 
 def patch(owner: str, name: str, ours: Callable[..., Any]) -> None:
@@ -33,7 +37,8 @@ def patch(owner: str, name: str, ours: Callable[..., Any]) -> None:
     Args:
         owner: A module, or a class in one: ``module:Class``.
         name: The function, or method.
-        ours: Called with the original function first, then with the arguments, of a method the instance too.
+        ours: Called with the original function first, then with the arguments, of a method the instance too. The first line of
+            its docstring says what it is for.
 
     Raises:
         ImportError: when there is no such function.
@@ -53,7 +58,31 @@ def patch(owner: str, name: str, ours: Callable[..., Any]) -> None:
 
     function.shardstep = True  # type: ignore[attr-defined]
     setattr(home, name, function)
-    PATCHED[full] = function
+    PATCHED[full] = ours
+
+
+def reasons() -> dict[str, str]:
+    """Each patched function by its full name → the first line of the docstring of what is called in its place."""
+    return {name: _first_line(ours.args[0] if isinstance(ours, partial) else ours) for name, ours in PATCHED.items()}
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def installed() -> str:
+    """The version of Megatron-Core, also of one that is no installed package but a checkout on Python's path.
+
+    Raises:
+        ImportError: when there is none.
+    """
+    try:
+        # What follows "+" is the commit of whatever repository the process was started in.
+        return str(import_module("megatron.core.package_info").__version__).partition("+")[0]
+    except ModuleNotFoundError:
+        raise ImportError(
+            f"shardstep.core.megatron needs Megatron-Core: pip install '{RUN_WITH}', or shardstep[megatron]."
+        ) from None
 
 
 def lookup(module: str, *names: str) -> list[Any]:
@@ -62,12 +91,7 @@ def lookup(module: str, *names: str) -> list[Any]:
     Raises:
         ImportError: when Megatron-Core is not installed, or this version of it has no such names.
     """
-    try:
-        version("megatron-core")
-    except ModuleNotFoundError:
-        raise ImportError(
-            f"shardstep.core.megatron needs Megatron-Core: pip install '{RUN_WITH}', or shardstep[megatron]."
-        ) from None
+    installed()
     try:
         home = import_module(module)
         return [getattr(home, name) for name in names]
@@ -77,7 +101,7 @@ def lookup(module: str, *names: str) -> list[Any]:
 
 def _missing(what: str, why: str) -> ImportError:
     return ImportError(
-        f"Megatron-Core {version('megatron-core')} has no {what} ({why}), which shardstep's optimizers need. Install a version "
+        f"Megatron-Core {installed()} has no {what} ({why}), which shardstep's optimizers need. Install a version "
         f"that they were run with: pip install '{RUN_WITH}'. To train without them, leave out shardstep's launcher and "
         f"SHARDSTEP_MEGATRON."
     )

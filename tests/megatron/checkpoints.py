@@ -151,7 +151,7 @@ def let_torch_adam_be_distributed() -> None:
         def made(self: Any, *args: Any, **kwargs: Any) -> Any:
             for group in self.optimizer.param_groups:
                 for p in group["params"]:
-                    fresh = {name: torch.zeros_like(p) for name in self.optimizer_state_keys}
+                    fresh = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                     self.optimizer.state[p] = {**fresh, "step": torch.zeros(()), **self.optimizer.state[p]}
             return method(self, *args, **kwargs)
 
