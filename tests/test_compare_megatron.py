@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,9 @@ def test_two_rows(tmp_path):
     assert defaults["ours"]["collectives"] > 0
     assert refused["ours"]["stage"] == "when built"
     assert refused["theirs"]["error"] > EXACT
-    head, rule, *lines = said.splitlines()
+    above, blank, head, rule, *lines = said.splitlines()
+    assert re.fullmatch(r"python [\d.]+, torch \S+, emerging-optimizers \S+, megatron-core \S+", above)
+    assert not blank
     assert head.startswith("| case | weak point |")
     assert [line.split(" | ")[0] for line in lines] == ["| defaults", "| distributed-optimizer"]
     assert len({line.count("|") for line in (head, rule, *lines)}) == 1
@@ -56,6 +59,22 @@ def test_a_case_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit):
         compare_megatron.main(["--cases", "qvk"])
     assert "--cases qvk: is no case; possible: adaptive, " in capsys.readouterr().err
+
+
+def test_a_folder_without_megatron_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(SystemExit):
+        compare_megatron.main(["--megatron-lm", str(tmp_path)])
+    assert f"--megatron-lm {tmp_path}: is no checkout of Megatron-LM" in capsys.readouterr().err
+
+
+def test_a_checkout_goes_before_what_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    compare_megatron._take(tmp_path)
+    assert sys.path[0] == str(tmp_path)
+    assert os.environ["PYTHONPATH"] == os.pathsep.join((str(tmp_path), "elsewhere"))
 
 
 def test_the_cases_are_listed(capsys):
@@ -94,5 +113,5 @@ def test_the_whole_table(tmp_path):
 def test_the_speed_of_a_small_model(tmp_path):
     flags = ["--speed", "--tp", "2", "--hidden", "64", "--layers", "1", "--heads", "2", "--rounds", "2"]
     said, found = compare(tmp_path, *flags, patience=280)
-    assert len(said.splitlines()) == 1 + len(found) == 5
+    assert len(said.splitlines()) == 3 + len(found) == 7
     assert all(len(row["cpu"]) == 2 and row["error"] < EXACT for row in found)

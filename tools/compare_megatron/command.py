@@ -3,6 +3,7 @@
     python -m tools.compare_megatron                      # the whole table
     python -m tools.compare_megatron --cases qkv,soap-tp  # some rows
     python -m tools.compare_megatron --speed              # time of the optimizer of a GPT on 4 ranks
+    python -m tools.compare_megatron --megatron-lm FOLDER # with Megatron-LM's main, from a checkout of it
 
 Every case is a small GPT of Megatron-Core's with its own ``get_megatron_optimizer``, in processes of its own; the truth is
 emerging-optimizers' or torch's optimizer on whole matrices in one process. Errors are relative, of the worst matrix. Without
@@ -20,6 +21,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ PRELOAD = [
 ]
 """What takes long to import; ranks are forked from a process that has. Not ``core.megatron``: that changes Megatron-Core."""
 PATIENCE_S, CRASH_WIDTH = 600.0, 64
+VERSIONS = ("python", "torch", "emerging-optimizers", "megatron-core")
 CLOCKS = {"cpu": "CPU", "wall": "wall"}
 
 
@@ -173,7 +176,22 @@ def _chosen(names: Sequence[str]) -> list[Case]:
     return [known[name] for name in names or known]
 
 
+def _take(checkout: Path) -> None:
+    """Let this process, and those that it starts, import Megatron-Core from ``checkout``."""
+    folder = str(checkout.resolve())
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+
+
+def versions() -> dict[str, Any]:
+    """What was compared: the machine, and the versions of Python and of the packages that were imported."""
+    core = import_module("megatron.core")
+    return {**environment(), "megatron-core": str(core.__version__).partition("+")[0]}
+
+
 def _check(options: argparse.Namespace, cases: Sequence[Case]) -> None:
+    if options.megatron_lm and not (options.megatron_lm / "megatron" / "core").is_dir():
+        raise UsageError("--megatron-lm", options.megatron_lm, "is no checkout of Megatron-LM; it has no megatron/core")
     if options.json and not options.json.parent.is_dir():
         raise UsageError("--json", options.json, "is in a folder that does not exist")
     if find_spec("megatron") is None:
@@ -210,6 +228,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there")
     parser.add_argument(
+        "--megatron-lm",
+        type=Path,
+        metavar="FOLDER",
+        help="take Megatron-Core from this checkout, not the installed one",
+    )
+    parser.add_argument(
         "--speed",
         action="store_true",
         help="time the optimizer of one GPT instead: CPU seconds of all ranks together, and seconds of the slowest",
@@ -222,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.list:
             print("\n".join(format_rows([(case.name, case.about, case.measured) for case in cases])))
             return
+        if options.megatron_lm:
+            _take(options.megatron_lm)
         _check(options, cases)
     except UsageError as error:
         refuse(error, rank=0, program="compare_megatron")
@@ -235,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         found = [compare(case) for case in tqdm(cases, file=sys.stderr, disable=None)]
         lines = rows(found, "wall" if torch.cuda.is_available() else "cpu")
+    compared = versions()
+    print(", ".join(f"{key} {compared[key]}" for key in VERSIONS), end="\n\n")
     print("\n".join(table(lines) if options.markdown else format_rows(lines)))
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), "found": found}, indent=1))
+        options.json.write_text(json.dumps({"environment": compared, "found": found}, indent=1))

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.optimizer.rules.emerging_library import library_optimizer
+
 from .cases import Side
 
 GPT: dict[str, Any] = {
@@ -190,9 +192,11 @@ def gradient(name: str, shape: Sequence[int], step: int) -> Tensor:
 
 def _unsharded() -> dict[str, tuple[bool, Callable[..., Any]]]:
     from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon, Muon
-    from emerging_optimizers.scalar_optimizers import Lion
-    from emerging_optimizers.soap import SOAP
 
+    # Where these two are defined changes from release to release.
+    lion: Any
+    soap: Any
+    lion, soap = (library_optimizer(name).inner for name in ("eo_lion", "eo_soap"))
     decay: dict[str, Any] = {"weight_decay": DECAY}
     muon: dict[str, Any] = {"momentum": 0.95, "fp32_matmul_prec": "highest"}
     adaptive = partial(AdaptiveMuon, **muon, **decay)
@@ -201,8 +205,8 @@ def _unsharded() -> dict[str, tuple[bool, Callable[..., Any]]]:
         "muon, L2 decay": (True, partial(Muon, **muon, weight_decay=1.0, weight_decay_method="l2")),
         "normuon": (True, partial(adaptive, moment2_method="normuon")),
         "adamuon": (True, partial(adaptive, moment2_method="adamuon")),
-        "soap": (False, partial(SOAP, betas=BETAS, **decay, use_kl_shampoo=True)),
-        "lion": (False, partial(Lion, betas=(0.95, 0.98), **decay)),
+        "soap": (False, partial(soap, betas=BETAS, **decay, use_kl_shampoo=True)),
+        "lion": (False, partial(lion, betas=(0.95, 0.98), **decay)),
         "adam": (False, partial(torch.optim.AdamW, betas=BETAS, **decay)),
     }
 
