@@ -1,5 +1,6 @@
 """A pipeline stage or a rank with nothing to train goes on with the others, and the others train as if it were not there."""
 
+import json
 from typing import Any
 
 import pytest
@@ -155,7 +156,8 @@ def test_what_goes_with_a_step_works_on_a_frozen_stage(world, tmp_path_factory, 
             sum(p.square().sum() for p in model.parameters()).backward()
     check_state(optimizer, 1)
     folder = world_folder(world, tmp_path_factory)
-    checkpoint.save(folder, step=1, model_chunks=[model], optimizer=optimizer)
+    path = checkpoint.save(folder, step=1, model_chunks=[model], optimizer=optimizer)
+    assert all(group["parameters"] for group in json.loads((path / "shardstep.json").read_text())["groups"])
     other = stage(world.rank)
     other.requires_grad_(world.rank == 0)
     again = make(name, other, groups)

@@ -101,6 +101,8 @@ class Contents:
                     key += _block(layout_of(p, pgs, name=names[p]))
                     layout = Layout.whole(value.shape)
                 self.tensors[key] = Boxes(value, layout)
+        if not group["params"]:
+            return  # of a stage with nothing for this optimizer, which no other layout may have
         self.groups.append(Group(optimizer, _settings(member, group), [names[p] for p in group["params"]]))
 
 
