@@ -131,7 +131,6 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
         self.auto_rates = auto_rates
         self.ns_plan = ns_plan
         self._plan: Plan | None = None
-        self._fast_in_bfloat16: bool | None = None
         self.split_qkv = split_qkv
         self.is_qkv_fn = is_qkv_fn or (lambda p: bool(getattr(p, "is_qkv", False)))
         self.qkv_split_shapes = qkv_split_shapes
@@ -158,6 +157,7 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
             scaled_orthogonalize_fn=lambda x: cast(TensorParallelMuon, me())._whole(x),
         )
         self.take_state()
+        self._fast_in_bfloat16 = self._all_fast_in_bfloat16()
 
     def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
         """The scaled, orthogonalized shard for this one parameter.
@@ -238,8 +238,6 @@ class TensorParallelMuon(StackedStep, OrthogonalizedOptimizer):
 
     def _choice(self, lay: Layout) -> Choice:
         """Mode for matrices of layout ``lay``. All ranks that share parameters must call this in the same order."""
-        if self._fast_in_bfloat16 is None:
-            self._fast_in_bfloat16 = self._all_fast_in_bfloat16()
         if self.ns_plan != "static" and self._plan is None:
             params = [p for group in self.param_groups for p in group["params"]]
             self._plan = plan_for(
