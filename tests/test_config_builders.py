@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from core.optimizer.functional.as_functions import FunctionalOptimizer
 from core.optimizer.functional.builders import (
@@ -39,6 +38,7 @@ from core.optimizer.rules.lion import Lion
 from core.process_groups_config import ProcessGroupCollection
 from core.schedule import LinearSchedulerBuilder, SchedulerConfig
 from tests.support.stepped import configured, schedule
+from tests.support.trees import SHAPES, Tree, lr, tree
 
 BUILDERS: dict[type[ConfigBuilder], type[Config]] = {
     AdamWOptimizer: AdamWConfig,
@@ -50,18 +50,6 @@ BUILDERS: dict[type[ConfigBuilder], type[Config]] = {
     SkewOptimizer: WhiteKronConfig,
     MarsOptimizer: MarsConfig,
 }
-SHAPES = {"w": (3, 4), "b": (4,)}
-
-Tree = dict[str, Tensor]
-
-
-def tree(seed: int) -> Tree:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
-
-
-def lr(step: int) -> float:
-    return 0.05 / (1 + step)
 
 
 def groups_of(builder: RegistryBuilder, params: Tree | None = None) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from core.optimizer.functional.builders import make_transformation
 from core.optimizer.functional.config_builders import (
@@ -28,6 +27,7 @@ from core.optimizer.functional.configs import (
     RMSPropConfig,
     WhiteKronConfig,
 )
+from tests.support.trees import SHAPES, lr, tree
 
 DEFAULTS: dict[type[Config], dict[str, Any]] = {
     AdamWConfig: {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0, "mu_dtype": None},
@@ -86,19 +86,7 @@ DEFAULTS: dict[type[Config], dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
 }
-SHAPES = {"w": (3, 4), "b": (4,)}
 STEPS = 4
-
-Tree = dict[str, Tensor]
-
-
-def tree(seed: int) -> Tree:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
-
-
-def lr(step: int) -> float:
-    return 0.05 / (1 + step)
 
 
 @pytest.mark.parametrize("config", DEFAULTS)

@@ -25,9 +25,9 @@ MEGATRON = "metadata.json"
 _MEGATRON_TEXT = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
 _STAGING, _REPLACED = ".tmp_", ".old_"
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EISDIR, errno.EACCES}
-"""What file systems say that know no fsync of a directory, or let nobody open one."""
+"""Errors of file systems that cannot make a directory durable, or do not let a process open one."""
 _warned: set[Path] = set()
-"""Directories of which it was said already."""
+"""Directories for which the warning was given already."""
 
 
 def folder_of(step: int) -> str:

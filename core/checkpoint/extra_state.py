@@ -1,4 +1,4 @@
-"""What modules keep beyond parameters and buffers (``get_extra_state``), such as the scales of FP8.
+"""This module saves and loads what modules return from ``get_extra_state``, such as the scales of FP8.
 
 Each value is one tensor of bytes, JSON text that :mod:`.plain` writes, so that no code is executed when it is read. A value that
 all ranks have alike is saved once and fits every layout. Where ranks have different values, each saves its own, and these fit the
@@ -31,7 +31,7 @@ class Holder:
 
     Attributes:
         module: The module.
-        value: Its extra state.
+        value: The extra state of the module at the time of the call.
     """
 
     module: nn.Module
@@ -72,12 +72,12 @@ def tensors(found: Mapping[str, Holder]) -> dict[str, Tensor]:
 def to_read(
     found: Mapping[str, Holder], saved: Mapping[str, STORAGE_TYPES], *, same_layout: bool
 ) -> tuple[dict[str, tuple[str, torch.Size]], list[Mismatch]]:
-    """What there is to read for this rank's modules, and what does not fit; all ranks call it.
+    """Find the saved state of each of this rank's modules, and list what does not fit; all ranks call this function.
 
     Args:
         found: This rank's modules with an extra state.
         saved: Key → metadata of what the checkpoint holds, as far as it is to be loaded.
-        same_layout: Whether this run has the layout of the one that saved.
+        same_layout: True if this run has the same layout as the run that saved.
 
     Returns:
         Name of a module → key and size of its bytes in the checkpoint; and the differences.
@@ -143,5 +143,5 @@ def unpacked(x: Tensor) -> object:
 
 
 def is_of_all_ranks(key: str) -> bool:
-    """Whether the state under ``key`` is the same on all ranks that had the module."""
+    """Return whether ``key`` stands for one state that all ranks with the module had alike."""
     return _OF_RANK not in key
