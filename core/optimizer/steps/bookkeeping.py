@@ -7,11 +7,13 @@ hooks that rewrite it. So before each step an optimizer compares what it has mad
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...sharding.parameter_layout import local
 from ..members import members_of
 
 StateChange = Callable[[], None]
@@ -126,6 +128,42 @@ def as_tensor(name: str, slot: str, value: Any) -> Tensor:
     if isinstance(value, bool | int | float):
         return torch.tensor(value, dtype=torch.float64, device="cpu")
     raise ValueError(f"{name}: state {slot!r} is {type(value).__name__}; give a tensor or a number.")
+
+
+def fitting(
+    name: Callable[[], str],
+    slot: str,
+    value: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    reshapes: bool,
+) -> Tensor:
+    """``value`` as the state ``slot`` that an optimizer declares: itself, or a copy where it has another dtype or device.
+
+    Args:
+        name: Returns the name of the parameter; called for an error only.
+        slot: Name of the state.
+        value: A tensor, a DTensor or a number.
+        shape: Shape that this rank keeps.
+        dtype: Dtype that the optimizer keeps.
+        device: Device that the optimizer keeps it on.
+        reshapes: Whether a single entry may have another shape, as a count of steps of another version has.
+
+    Raises:
+        ValueError: when it has another shape, or is no number.
+    """
+    present = value if isinstance(value, Tensor) else as_tensor(name(), slot, value)
+    held = local(present)
+    if held.shape != shape:
+        if not reshapes or (held.numel(), prod(shape)) != (1, 1):
+            raise ValueError(
+                f"{name()}: state {slot!r} has shape {tuple(held.shape)} but this rank keeps {tuple(shape)} of it; load a "
+                f"state of the same optimizer and layout, with groups added in the same order, or reshard it first."
+            )
+        present = held.reshape(shape)
+    return present.to(device=device, dtype=dtype).contiguous()
 
 
 @contextmanager

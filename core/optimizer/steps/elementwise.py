@@ -14,7 +14,7 @@ from ...sharding.parameter_layout import local, local_gradient
 from ...sharding.requests import Rule
 from ...sharding.state import StateSpec
 from .base import ShardedStep
-from .bookkeeping import StateChange, as_tensor, refuse_part
+from .bookkeeping import StateChange, fitting, refuse_part
 from .state_views import as_state
 from .weight_decay import decay_first_
 
@@ -93,8 +93,12 @@ class ElementwiseStep(ShardedStep):
                 refuse_part(self._name(p), held, slots)
                 yield partial(self._make_state, p, specs)
                 continue
+            shard = local(p)
             for slot, spec in specs.items():
-                taken = self._fitting(p, slot, held[slot], spec)
+                shape = shard.shape if spec.dims == "*" else ()
+                dtype, device = spec.dtype_for(shard.dtype), spec.device_for(shard.device)
+                name = partial(self._name, p)
+                taken = fitting(name, slot, held[slot], shape, dtype, device, reshapes=spec.dims != "*")
                 if taken is not held[slot]:
                     yield partial(held.__setitem__, slot, taken)
 
@@ -104,27 +108,6 @@ class ElementwiseStep(ShardedStep):
         for slot, spec in specs.items():
             fresh = spec.allocate(layout, 1, dtype=shard.dtype, device=shard.device)[0]
             state[slot] = as_state(fresh, p, spec, layout) if spec.dims == "*" else fresh
-
-    def _fitting(self, p: Tensor, slot: str, value: Any, spec: StateSpec) -> Tensor:
-        """``value`` as the state that ``spec`` declares: itself, or a copy where it has another dtype or device.
-
-        Raises:
-            ValueError: when it has another shape.
-        """
-        present = value if isinstance(value, Tensor) else as_tensor(self._name(p), slot, value)
-        held, shard = local(present), local(p)
-        expected = shard.shape if spec.dims == "*" else torch.Size()
-        if held.shape != expected and (spec.dims == "*" or held.numel() != 1):
-            raise ValueError(
-                f"{self._name(p)}: state {slot!r} has shape {tuple(held.shape)} but the shard here has {tuple(expected)}; "
-                f"load a state of the same layout, or reshard it first."
-            )
-        dtype, device = spec.dtype_for(shard.dtype), spec.device_for(shard.device)
-        if (held.dtype, held.device, held.shape) != (dtype, device, expected) or not held.is_contiguous():
-            present = (
-                present.to(device=device, dtype=dtype).reshape(present.shape if spec.dims == "*" else ()).contiguous()
-            )
-        return present
 
     def _update(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Rule:
         if self.one_pass(group):

@@ -22,7 +22,7 @@ from ...sharding.state import StateTensor, sizes
 from ...sharding.tp_modes import Deferred, work_at
 from .argument_checks import choice
 from .base import ShardedStep
-from .bookkeeping import StateChange, as_tensor, refuse_part
+from .bookkeeping import StateChange, fitting, refuse_part
 from .weight_decay import decay_first_
 
 WholeMode = tp_modes.WholeMode
@@ -210,9 +210,12 @@ class WholeStep(ShardedStep):
                     yield partial(self._make_state, p, unit, group)
                     continue
                 for slot, spec in specs.items():
-                    taken = _fitting(unit, slots[slot], held[slots[slot]], spec, p)
-                    if taken is not held[slots[slot]]:
-                        yield partial(held.__setitem__, slots[slot], taken)
+                    name, shape = slots[slot], spec.layout(unit.home).local_shape
+                    dtype, device = spec.dtype_for(p.dtype), spec.device_for(local(p).device)
+                    of_unit = partial(getattr, unit, "name")
+                    taken = fitting(of_unit, name, held[name], shape, dtype, device, reshapes=True)
+                    if taken is not held[name]:
+                        yield partial(held.__setitem__, name, taken)
 
     def _make_state(self, p: Tensor, unit: Unit, group: Mapping[str, Any]) -> None:
         fresh = self.fresh_state(unit, local(p), group)
@@ -329,19 +332,3 @@ def _in_order(x: Tensor) -> Tensor:
     """``x``, or a copy when its strides or alignment differ from a fresh tensor's, which may change how kernels sum."""
     in_order = x.is_contiguous() and x.data_ptr() % 64 == 0
     return x if in_order else x.clone(memory_format=torch.contiguous_format)
-
-
-def _fitting(unit: Unit, name: str, value: Any, spec: WholeState, p: Tensor) -> Tensor:
-    """``value`` as the state that ``spec`` declares: itself, or a copy where it has another dtype or device.
-
-    Raises:
-        ValueError: when it has another shape.
-    """
-    present, expected = as_tensor(unit.name, name, value), spec.layout(unit.home).local_shape
-    if tuple(present.shape) != expected and (present.numel(), prod(expected)) != (1, 1):
-        raise ValueError(
-            f"{unit.name}: state {name!r} has shape {tuple(present.shape)} but this rank keeps {expected} of it; load a state "
-            f"of the same optimizer and layout, with groups added in the same order, or reshard it first."
-        )
-    shaped = present if tuple(present.shape) == expected else present.reshape(expected)
-    return shaped.to(spec.device_for(local(p).device), spec.dtype_for(p.dtype))
